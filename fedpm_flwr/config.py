@@ -1,0 +1,156 @@
+"""Every setting of the application: its name, default, meaning and allowed values, checked once.
+
+The names are those of ``[tool.flwr.app.config]`` in pyproject.toml and of ``--run-config``.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ALGORITHMS = ("fedpm", "localnewton", "fedavg")
+DATASETS = ("digits",)
+MODELS = ("cnn", "mlp")
+PARTITIONS = ("dirichlet", "iid")
+WEIGHTINGS = ("num-examples", "uniform")
+CODECS = ("triangle-float32", "triangle-float64")
+
+Value = bool | int | float | str
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type, or outside its allowed values."""
+
+
+def _setting(
+    default: Value,
+    meaning: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float = math.inf,
+    above: float | None = None,
+) -> Any:
+    """A dataclass field with its meaning and its allowed values: choices, low <= x <= high, x > above."""
+    limits = {"meaning": meaning, "choices": choices, "low": low, "high": high, "above": above}
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The configuration of one run. Units and symbols stand in each setting's meaning."""
+
+    algorithm: str = _setting("fedpm", "what the server and the clients do", choices=ALGORITHMS)
+    dataset: str = _setting("digits", "which data", choices=DATASETS)
+    model: str = _setting("cnn", "which network", choices=MODELS)
+    num_server_rounds: int = _setting(20, "communication rounds", low=1)
+    fraction_train: float = _setting(1.0, "share of the nodes that train in a round", above=0, high=1)
+    fraction_evaluate: float = _setting(
+        0.0, "share of the nodes that evaluate the global model on their own data", low=0, high=1
+    )
+    min_available_nodes: int = _setting(2, "nodes to wait for before a round starts", low=1)
+    local_epochs: int = _setting(2, "passes over a client's data in a round", low=1)
+    local_steps: int = _setting(0, "K, local steps in a round; 0: as local-epochs says", low=0)
+    batch_size: int = _setting(32, "examples in a local step; 0: all the client has", low=0)
+    learning_rate: float = _setting(0.3, "eta, length of a local step", above=0)
+    server_learning_rate: float = _setting(1.0, "eta_s, length of the server's step", above=0)
+    damping: float = _setting(1.0, "lambda, added to A; unit: a squared activation", low=0)
+    ema: float = _setting(0.95, "weight of the old A in its running average", low=0, high=1)
+    refresh_interval: int = _setting(5, "local steps between two measurements of A", low=1)
+    inverse_interval: int = _setting(10, "local steps between two inversions of A + lambda I", low=1)
+    max_factor_side: int = _setting(8192, "layers with more inputs get the identity", low=1)
+    weighting: str = _setting("num-examples", "w_i, how much a client counts", choices=WEIGHTINGS)
+    codec: str = _setting("triangle-float32", "how A travels", choices=CODECS)
+    partition: str = _setting("dirichlet", "how data is split among clients", choices=PARTITIONS)
+    alpha: float = _setting(0.1, "Dirichlet concentration; small: one client, few labels", above=0)
+    seed: int = _setting(0, "of the partition, initial model, sampling, batches", low=0, high=2**32 - 1)
+    device: str = _setting("auto", "auto (CUDA where there is one), cpu, cuda, cuda:N, mps")
+    threads: int = _setting(1, "torch threads of a client and of the server", low=1)
+    output: str = _setting("", "absolute folder for results; empty: runs/<date-time>-<algorithm>")
+
+    def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):
+            _check(setting, getattr(self, setting.name))
+        if self.output and not Path(self.output).is_absolute():
+            raise ConfigError(
+                f"output={self.output!r} is not an absolute path: a relative one would start "
+                "from the folder of the SuperLink, which need not be yours"
+            )
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, Any]) -> "Config":
+        """Parse Flower's ``context.run_config``.
+
+        Raises:
+            ConfigError: naming the key, its value and what is allowed.
+        """
+        types = {_key(setting): setting for setting in dataclasses.fields(cls)}
+        unknown = sorted(set(run_config) - set(types))
+        if unknown:
+            raise ConfigError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(types)}")
+        values = {types[key].name: _cast(types[key], run_config[key]) for key in run_config}
+        return cls(**values)
+
+    def to_run_config(self) -> dict[str, Value]:
+        """The settings under their kebab-case names."""
+        return {_key(setting): getattr(self, setting.name) for setting in dataclasses.fields(self)}
+
+    def to_toml(self) -> str:
+        """A file that ``flwr run . --run-config FILE`` accepts (JSON scalars are TOML scalars)."""
+        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in self.to_run_config().items())
+
+
+def describe() -> str:
+    """One line a setting: name, default, allowed values, meaning."""
+    rows = dataclasses.fields(Config)
+    return "\n".join(
+        f"{_key(row)} = {json.dumps(row.default)}  ({_allowed(row)}): {row.metadata['meaning']}" for row in rows
+    )
+
+
+def _key(setting: "dataclasses.Field[Any]") -> str:
+    return setting.name.replace("_", "-")
+
+
+def _cast(setting: "dataclasses.Field[Any]", value: Any) -> Any:
+    """TOML writes 1 where a float is meant; nothing else is converted."""
+    if setting.type is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def _check(setting: "dataclasses.Field[Any]", value: Any) -> None:
+    limits = setting.metadata
+    right_type = type(value) is setting.type
+    in_choices = not limits["choices"] or value in limits["choices"]
+    if right_type and in_choices and (not isinstance(value, int | float) or _in_range(limits, value)):
+        return
+    raise ConfigError(f"{_key(setting)}={value!r} is not allowed; allowed: {_allowed(setting)}")
+
+
+def _in_range(limits: Mapping[str, Any], value: float) -> bool:
+    low, high, above = limits["low"], limits["high"], limits["above"]
+    return (
+        math.isfinite(value)
+        and (low is None or value >= low)
+        and (above is None or value > above)
+        and value <= high
+    )
+
+
+def _allowed(setting: "dataclasses.Field[Any]") -> str:
+    limits = setting.metadata
+    if limits["choices"]:
+        return " | ".join(limits["choices"])
+    kind = {bool: "true | false", int: "whole number", float: "number", str: "text"}[setting.type]  # type: ignore[index]
+    parts = [kind]
+    if limits["low"] is not None:
+        parts.append(f">= {limits['low']}")
+    if limits["above"] is not None:
+        parts.append(f"> {limits['above']}")
+    if limits["high"] != math.inf:
+        parts.append(f"<= {limits['high']}")
+    return " ".join(parts)

@@ -1,0 +1,116 @@
+"""Preconditioned mixing (FedPM, arXiv 2511.09100, Eq. 8 in delta form):
+
+    θ⁺ = θ + η_s · (Σ wᵢ Pᵢ)⁻¹ Σ wᵢ Pᵢ (θᵢ − θ)
+
+the minimiser over ϑ of Σ wᵢ ‖ϑ − θᵢ‖²_Pᵢ when η_s = 1: each client is trusted most in the
+directions in which its own loss is most curved. ``mix`` is the equation for one layer with all
+clients at hand; ``LayerMixer`` is the same as two running sums; ``ModelMixer`` is a whole model.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .curvature import Block, Curvature, CurvatureError, LayerCurvature, from_matrix, to_matrix, weighted_sum
+
+
+def mix(
+    theta: Tensor,
+    clients: Sequence[Tensor],
+    curvatures: Sequence[Curvature],
+    weights: Sequence[float],
+    server_learning_rate: float = 1.0,
+) -> Tensor:
+    """Mix one layer: θ and each θᵢ are [rows, columns], Pᵢ is damped; only ratios of wᵢ matter.
+
+    Raises:
+        CurvatureError: Σ wᵢ Pᵢ is not positive definite.
+    """
+    total = weighted_sum(weights, curvatures)  # Σ wᵢ Pᵢ
+    moved = sum(  # Σ wᵢ Pᵢ (θᵢ − θ)
+        (w * P.matmul(client - theta) for w, P, client in zip(weights, curvatures, clients, strict=True)),
+        torch.zeros_like(theta),
+    )
+    return theta + server_learning_rate * total.solve(moved)
+
+
+class LayerMixer:
+    """``mix`` as two running sums, so that memory does not grow with the number of clients."""
+
+    def __init__(self) -> None:
+        self.weight = 0.0
+        self._total: Curvature | None = None  # Σ wᵢ Pᵢ
+        self._moved: Tensor | None = None  # Σ wᵢ Pᵢ (θᵢ − θ)
+
+    def add(self, delta: Tensor, curvature: Curvature, weight: float) -> None:
+        """Fold in θᵢ − θ [rows, columns], the damped Pᵢ and wᵢ > 0."""
+        scaled = curvature.scaled(weight)
+        moved = scaled.matmul(delta)
+        self._total = scaled if self._total is None else self._total.plus(scaled)
+        self._moved = moved if self._moved is None else self._moved + moved
+        self.weight += weight
+
+    def step(self) -> Tensor:
+        """(Σ wᵢ Pᵢ)⁻¹ Σ wᵢ Pᵢ (θᵢ − θ), [rows, columns].
+
+        Raises:
+            CurvatureError: no client was added, or Σ wᵢ Pᵢ is not positive definite.
+        """
+        if self._total is None or self._moved is None:
+            raise CurvatureError("there is no client to mix")
+        return self._total.solve(self._moved)
+
+
+class ModelMixer:
+    """Mixes whole models, given as mappings from parameter names to tensors.
+
+    A parameter that no client gives curvature for is averaged. Where only some clients do, they
+    are mixed among themselves, and the result is averaged with the others by weight: so each of
+    the others counts as if it had their mean curvature, and no unit has to be made up for it.
+
+    Sums are kept in ``dtype``; the result has θ's names, shapes, dtypes and devices. Integers are
+    rounded. Nothing that is passed in is changed.
+    """
+
+    def __init__(self, theta: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> None:
+        self._theta = theta
+        self._dtype = dtype
+        self._weight = 0.0
+        self._mixers: dict[Block, LayerMixer] = {}
+        self._plain: dict[str, Tensor] = {}  # Σ wᵢ (θᵢ − θ) over clients without curvature there
+
+    def add(self, client: Mapping[str, Tensor], layers: Iterable[LayerCurvature], weight: float) -> None:
+        """Fold in one client: its model θᵢ, the curvature it sent (disjoint layers), and wᵢ > 0."""
+        deltas = {key: client[key].to(self._dtype) - old.to(self._dtype) for key, old in self._theta.items()}
+        for layer in layers:
+            curvature = layer.curvature.to(self._dtype).damped(layer.damping)
+            delta = to_matrix([deltas.pop(key) for key in layer.block.parameters])
+            self._mixers.setdefault(layer.block, LayerMixer()).add(delta, curvature, weight)
+        for key, delta in deltas.items():
+            self._plain[key] = self._plain[key] + weight * delta if key in self._plain else weight * delta
+        self._weight += weight
+
+    def result(self, server_learning_rate: float = 1.0) -> dict[str, Tensor]:
+        """θ⁺ = θ + η_s · step; at least one client must have been added.
+
+        Raises:
+            CurvatureError: Σ wᵢ Pᵢ of a layer, which is named, is not positive definite.
+        """
+        steps = {key: total / self._weight for key, total in self._plain.items()}
+        for block, mixer in self._mixers.items():
+            share = mixer.weight / self._weight
+            for key, step in zip(block.parameters, self._layer_steps(block, mixer), strict=True):
+                steps[key] = steps[key] + share * step if key in steps else share * step
+        return {key: _moved(old, server_learning_rate * steps[key]) for key, old in self._theta.items()}
+
+    def _layer_steps(self, block: Block, mixer: LayerMixer) -> list[Tensor]:
+        try:
+            return from_matrix(mixer.step(), [self._theta[key].shape for key in block.parameters])
+        except CurvatureError as error:
+            raise CurvatureError(f"layer {block.name!r}: {error}") from error
+
+
+def _moved(old: Tensor, step: Tensor) -> Tensor:
+    new = old.to(step.dtype) + step
+    return (new if old.is_floating_point() else new.round()).to(old.dtype)
