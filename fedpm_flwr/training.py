@@ -1,0 +1,125 @@
+"""Local training and evaluation, on whatever device there is."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What local training did: mean loss per example over all steps, and how many steps."""
+
+    loss: float
+    steps: int
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: Loss,
+    *,
+    epochs: int = 1,
+    steps: int = 0,
+    device: torch.device | str = "cpu",
+) -> FitResult:
+    """Take ``steps`` local steps, or, where that is 0, ``epochs`` passes over the batches.
+
+    ``loss_fn`` returns the mean over the batch.
+    """
+    model.train()
+    total = torch.zeros((), device=device)
+    examples = taken = 0
+    for inputs, targets in islice(_passes(batches, None if steps else epochs), steps or None):
+        inputs, targets = inputs.to(device), targets.to(device)
+        optimizer.zero_grad()
+        loss = loss_fn(model(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        total += loss.detach() * len(inputs)
+        examples += len(inputs)
+        taken += 1
+    return FitResult(loss=float(total) / max(examples, 1), steps=taken)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Batches, loss_fn: Loss, device: torch.device | str = "cpu"
+) -> tuple[float, float]:
+    """Mean loss per example, and the share of examples whose largest output is the target."""
+    model.eval()
+    loss = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device)
+    examples = 0
+    for inputs, targets in batches:
+        inputs, targets = inputs.to(device), targets.to(device)
+        outputs = model(inputs)
+        loss += loss_fn(outputs, targets) * len(inputs)
+        correct += (outputs.argmax(dim=1) == targets).sum()
+        examples += len(inputs)
+    return float(loss) / max(examples, 1), float(correct) / max(examples, 1)
+
+
+def loader(
+    data: Dataset[tuple[Tensor, ...]], batch_size: int, seed: int | None = None
+) -> DataLoader[tuple[Tensor, ...]]:
+    """Batches of this size (0: all at once), in an order given by the seed (None: as they lie)."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    size = batch_size or max(len(data), 1)
+    return DataLoader(data, batch_size=size, shuffle=generator is not None, generator=generator)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name; ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} is not usable here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def derive_seed(*parts: int) -> int:
+    """One seed of 32 bits from several, such as the run's seed, the round and the partition."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+@contextmanager
+def reproducible(seed: int, threads: int) -> Iterator[None]:
+    """Run with this seed for torch's generators and this many threads; both are put back after."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _passes(batches: Batches, epochs: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches over and over, or so many times; stops if there are none."""
+    done = 0
+    while epochs is None or done < epochs:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            return
+        done += 1
