@@ -1,0 +1,188 @@
+"""The names in Flower's records, said once; building replies, and checking those that come in.
+
+A training reply holds ``arrays`` (one ArrayRecord: the client's full model θᵢ under the keys it
+got), ``metrics`` (one MetricRecord with ``num-examples``) and, if the server asked for it,
+``curvature`` (a ConfigRecord with one bytes value). Stock strategies ignore the last, so the same
+ClientApp is LocalNewton under FedAvg and FedPM under FedPM.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from torch import Tensor, nn
+
+from .curvature import LayerCurvature
+from .wire import decode, encode
+
+ARRAYS = "arrays"
+CONFIG = "config"
+METRICS = "metrics"
+CURVATURE = "curvature"
+
+NUM_EXAMPLES = "num-examples"
+SERVER_ROUND = "server-round"
+CURVATURE_CODEC = "curvature-codec"
+"""In the request's config: the codec that curvature shall travel in; absent: send none."""
+PAYLOAD = "payload"
+
+PARTITION_ID = "partition-id"
+NUM_PARTITIONS = "num-partitions"
+PARTITION_QUERY = "query.partition"
+PARTITION_ACTION = "partition"
+
+
+class ReplyError(ValueError):
+    """A reply that cannot be used, and why."""
+
+
+@runtime_checkable
+class Preconditioned(Protocol):
+    """An optimizer that says by what it preconditioned."""
+
+    def preconditioners(self) -> list[LayerCurvature]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """A checked reply: θᵢ by parameter name, curvature of some layers, and the number of examples nᵢ."""
+
+    state: dict[str, Tensor]
+    layers: list[LayerCurvature]
+    num_examples: float
+
+
+def asked_codec(message: Message) -> str | None:
+    """The codec in which the server wants curvature, or None if it wants none."""
+    codec = message.content.config_records.get(CONFIG, ConfigRecord()).get(CURVATURE_CODEC)
+    return None if codec is None else str(codec)
+
+
+def curvature_record(optimizer: Preconditioned, request: Message) -> ConfigRecord:
+    """What the optimizer preconditioned by, as the request wants it; empty if it wants none.
+
+    Raises:
+        ValueError: the server asks for a codec that this version does not know.
+    """
+    codec = asked_codec(request)
+    if codec is None:
+        return ConfigRecord()
+    return ConfigRecord({PAYLOAD: encode(optimizer.preconditioners(), codec)})
+
+
+def train_reply(
+    request: Message, model: nn.Module, metrics: Mapping[str, int | float], optimizer: torch.optim.Optimizer
+) -> Message:
+    """The reply to a training request; ``metrics`` must hold ``num-examples``."""
+    content = RecordDict(
+        {ARRAYS: ArrayRecord(model.state_dict()), METRICS: MetricRecord(dict(metrics))}  # type: ignore[arg-type]
+    )
+    if asked_codec(request) is not None and isinstance(optimizer, Preconditioned):
+        content[CURVATURE] = curvature_record(optimizer, request)
+    return Message(content, reply_to=request)
+
+
+def partition_of(context: Context) -> tuple[int, int]:
+    """The node's partition and the number of partitions, from its node config.
+
+    Raises:
+        ValueError: the node config does not name them.
+    """
+    found = context.node_config.get(PARTITION_ID), context.node_config.get(NUM_PARTITIONS)
+    if not all(isinstance(value, int) for value in found):
+        raise ValueError(
+            f"the node config must name {PARTITION_ID} and {NUM_PARTITIONS} as whole numbers; "
+            f"got {dict(context.node_config)}"
+        )
+    return int(found[0]), int(found[1])  # type: ignore[arg-type]
+
+
+def partition_reply(request: Message, context: Context) -> Message:
+    """The answer to a ``PARTITION_QUERY``: which partition this node holds."""
+    metrics = MetricRecord({PARTITION_ID: partition_of(context)[0]})
+    return Message(RecordDict({METRICS: metrics}), reply_to=request)
+
+
+def count_bytes(content: RecordDict) -> int:
+    """Bytes of all records, as Flower itself counts them."""
+    records = [*content.array_records.values(), *content.metric_records.values(), *content.config_records.values()]
+    return sum(record.count_bytes() for record in records)
+
+
+def read_update(
+    reply: Message,
+    theta: Mapping[str, Tensor],
+    *,
+    weighted_by: str = NUM_EXAMPLES,
+    damping_bounds: tuple[float, float] = (0.0, math.inf),
+    max_payload_bytes: int = 1 << 30,
+) -> Update:
+    """Check a training reply against the model θ that was sent out.
+
+    Raises:
+        ReplyError: naming what is wrong.
+    """
+    if reply.has_error():
+        raise ReplyError(f"it is an error: {reply.error.reason}")
+    content = reply.content
+    layers: list[LayerCurvature] = []
+    payload = content.config_records.get(CURVATURE, ConfigRecord()).get(PAYLOAD)
+    state = _read_state(content, theta)
+    if payload is not None:
+        layers = _read_layers(payload, theta, damping_bounds, max_payload_bytes)
+    return Update(state, layers, _read_weight(content, weighted_by))
+
+
+def _read_state(content: RecordDict, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    records = list(content.array_records.values())
+    if len(records) != 1:
+        raise ReplyError(f"it holds {len(records)} ArrayRecords, not 1")
+    (record,) = records
+    if set(record) != set(theta):
+        odd = sorted(set(record) ^ set(theta))
+        raise ReplyError(f"its arrays are not those of the model; missing or extra: {', '.join(odd[:5])}")
+    state = {}
+    for key, old in theta.items():
+        try:
+            new = torch.from_numpy(record[key].numpy())
+        except Exception as error:  # bytes from outside: whatever is wrong with them, the reply is unusable
+            raise ReplyError(f"array {key!r} cannot be read: {error}") from error
+        if new.shape != old.shape or new.is_floating_point() != old.is_floating_point():
+            raise ReplyError(
+                f"array {key!r} is {new.dtype} {list(new.shape)}, not {old.dtype} {list(old.shape)}"
+            )
+        if new.is_floating_point() and not torch.isfinite(new).all():
+            raise ReplyError(f"array {key!r} is not finite")
+        state[key] = new
+    return state
+
+
+def _read_layers(
+    payload: object, theta: Mapping[str, Tensor], damping_bounds: tuple[float, float], max_bytes: int
+) -> list[LayerCurvature]:
+    if not isinstance(payload, bytes):
+        raise ReplyError(f"its curvature is {type(payload).__name__}, not bytes")
+    try:
+        layers = decode(payload, {key: tuple(value.shape) for key, value in theta.items()}, max_bytes)
+    except ValueError as error:
+        raise ReplyError(f"its curvature: {error}") from error
+    low, high = damping_bounds
+    for layer in layers:
+        if not low <= layer.damping <= high:
+            raise ReplyError(
+                f"its curvature: layer {layer.block.name!r}: damping {layer.damping} is not in [{low}, {high}]"
+            )
+    return layers
+
+
+def _read_weight(content: RecordDict, weighted_by: str) -> float:
+    records = list(content.metric_records.values())
+    if len(records) != 1:
+        raise ReplyError(f"it holds {len(records)} MetricRecords, not 1")
+    weight = records[0].get(weighted_by)
+    if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
+        raise ReplyError(f"{weighted_by!r} is {weight!r}, not a finite number > 0")
+    return float(weight)

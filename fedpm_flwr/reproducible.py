@@ -1,0 +1,83 @@
+"""The same run from the same seed, under any strategy, whatever Flower's random node IDs are."""
+
+import random
+from collections.abc import Iterable
+
+from flwr.app import Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from . import messages
+
+_QUERY_TIMEOUT_S = 600.0
+
+
+class PartitionOrderedGrid(Grid):
+    """A Grid that shows nodes, and hands over replies, in the order of the nodes' partitions.
+
+    Node IDs are random, replies arrive in any order, and Flower samples nodes with Python's global
+    generator. Here each node is asked once for its partition, nodes and replies are sorted by it
+    (nodes that do not say come last, by ID), and the global generator is seeded, from the seed and
+    the number of exchanges so far, whenever a strategy looks up nodes to sample from. Sampling and
+    the order of summation are then functions of the seed.
+
+    Clients answer the question with ``messages.partition_reply``.
+    """
+
+    def __init__(self, grid: Grid, seed: int) -> None:
+        self._grid = grid
+        self._seed = seed
+        self._exchanges = 0
+        self._partitions: dict[int, int | None] = {}
+
+    def set_run(self, run: Run) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return sorted(self._grid.get_nodes(), key=lambda node: self._place(node.node_id))
+
+    def get_node_ids(self) -> list[int]:
+        """All nodes in the order of their partitions; seeds Python's global generator."""
+        nodes = list(self._grid.get_node_ids())
+        self._ask([node for node in nodes if node not in self._partitions])
+        random.seed(f"{self._seed}/{self._exchanges}")
+        return sorted(nodes, key=self._place)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Replies in the order of the partitions they come from."""
+        replies = self._grid.send_and_receive(messages, timeout=timeout)
+        self._exchanges += 1
+        return sorted(replies, key=lambda reply: self._place(reply.metadata.src_node_id))
+
+    def _place(self, node: int) -> tuple[float, int]:
+        partition = self._partitions.get(node)
+        return (float("inf") if partition is None else partition, node)
+
+    def _ask(self, nodes: list[int]) -> None:
+        if not nodes:
+            return
+        queries = [
+            Message(RecordDict(), dst_node_id=node, message_type=messages.PARTITION_QUERY) for node in nodes
+        ]
+        self._partitions.update(dict.fromkeys(nodes))
+        for reply in self._grid.send_and_receive(queries, timeout=_QUERY_TIMEOUT_S):
+            if reply.has_content():
+                answer = reply.content.metric_records.get(messages.METRICS, {}).get(messages.PARTITION_ID)
+                if isinstance(answer, int):
+                    self._partitions[reply.metadata.src_node_id] = answer

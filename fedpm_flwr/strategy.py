@@ -1,0 +1,123 @@
+"""FedPM as a Flower strategy: FedAvg whose aggregation is preconditioned mixing."""
+
+import logging
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
+
+from . import messages
+from .config import WEIGHTINGS
+from .curvature import CurvatureError
+from .messages import ReplyError, Update, read_update
+from .mixing import ModelMixer
+from .wire import get_codec
+
+_log = logging.getLogger("flwr")
+
+
+class FedPM(FedAvg):
+    """Asks clients for their curvature Pᵢ beside their models θᵢ, and mixes the models through it.
+
+    θ⁺ = θ + η_s · (Σ wᵢ Pᵢ)⁻¹ Σ wᵢ Pᵢ (θᵢ − θ)   (arXiv 2511.09100, Eq. 8 in delta form)
+
+    A layer that no client sends curvature for is averaged. A client that sends none for a layer
+    counts there as if it had the mean curvature of the others. A reply that cannot be used is left
+    out with one warning that says why; a round without a usable reply leaves the model as it is.
+
+    Args:
+        server_learning_rate: η_s > 0.
+        codec: how curvature travels, one of ``fedpm_flwr.wire.CODECS``.
+        weighting: ``num-examples``: wᵢ = nᵢ/n with nᵢ under ``weighted_by_key``; ``uniform``: 1/N.
+        damping_bounds: replies that name a λ outside of them are left out.
+        max_payload_bytes: replies with more bytes of curvature are left out unread.
+        fedavg: what ``flwr.serverapp.strategy.FedAvg`` takes.
+
+    Raises:
+        ValueError: naming the argument and what is allowed.
+    """
+
+    def __init__(
+        self,
+        *,
+        server_learning_rate: float = 1.0,
+        codec: str = "triangle-float32",
+        weighting: str = "num-examples",
+        damping_bounds: tuple[float, float] = (0.0, 1e6),
+        max_payload_bytes: int = 1 << 30,
+        **fedavg: Any,
+    ) -> None:
+        super().__init__(**fedavg)
+        if not (math.isfinite(server_learning_rate) and server_learning_rate > 0):
+            raise ValueError(f"server_learning_rate must be a finite number > 0, not {server_learning_rate}")
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"unknown weighting {weighting!r}; allowed: {', '.join(WEIGHTINGS)}")
+        get_codec(codec)
+        self.server_learning_rate = server_learning_rate
+        self.codec = codec
+        self.weighting = weighting
+        self.damping_bounds = damping_bounds
+        self.max_payload_bytes = max_payload_bytes
+        self._theta: dict[str, Tensor] = {}
+
+    def summary(self) -> None:
+        """Log the settings, FedAvg's and then our own."""
+        super().summary()
+        _log.info("\t└──> Preconditioned mixing:")
+        _log.info("\t\t├── Server learning rate: %g", self.server_learning_rate)
+        _log.info("\t\t├── Weighting: %s", self.weighting)
+        _log.info("\t\t└── Codec: %s", self.codec)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send θ as FedAvg does, and ask for curvature."""
+        self._theta = arrays.to_torch_state_dict()
+        asking = ConfigRecord({**config, messages.CURVATURE_CODEC: self.codec})
+        return super().configure_train(server_round, arrays, asking, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Mix the usable replies, in the order in which they are given."""
+        mixer = ModelMixer(self._theta)
+        contents, left_out = [], 0
+        for reply in replies:
+            try:
+                update = self._read(reply)
+            except ReplyError as error:
+                left_out += 1
+                _log.warning("round %d: left out the reply of node %d: %s", server_round, _node(reply), error)
+                continue
+            mixer.add(update.state, update.layers, self._weight(update))
+            contents.append(reply.content)
+        _log.info("aggregate_train: Mixed %d results, left out %d", len(contents), left_out)
+        if not contents:
+            return None, None
+        metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
+        try:
+            mixed = mixer.result(self.server_learning_rate)
+        except CurvatureError as error:
+            _log.error("round %d: the model stays as it was: %s", server_round, error)
+            return None, metrics
+        return ArrayRecord(mixed), metrics  # type: ignore[arg-type]
+
+    def _read(self, reply: Message) -> Update:
+        return read_update(
+            reply,
+            self._theta,
+            weighted_by=self.weighted_by_key,
+            damping_bounds=self.damping_bounds,
+            max_payload_bytes=self.max_payload_bytes,
+        )
+
+    def _weight(self, update: Update) -> float:
+        return update.num_examples if self.weighting == "num-examples" else 1.0
+
+
+def _node(reply: Message) -> int:
+    return reply.metadata.src_node_id

@@ -1,0 +1,7 @@
+"""What the application trains: data sets, their partitions, models."""
+
+from .datasets import Split, load_dataset
+from .models import build_model
+from .partitions import partition_indices
+
+__all__ = ["Split", "build_model", "load_dataset", "partition_indices"]
