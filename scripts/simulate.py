@@ -1,0 +1,201 @@
+"""Run the application in Flower's simulation, from a clean start to a clean end.
+
+    python scripts/simulate.py [--nodes 10] [KEY=VALUE ...]
+
+KEY=VALUE are settings of [tool.flwr.app.config], such as algorithm=localnewton alpha=1.0. The run
+has its own SuperLink, FLWR_HOME and ports, shows the application's lines (Flower's own log is in
+flower.log of the output folder), and exits 0 only if Flower says that the run completed.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fedpm_flwr.config import Config, ConfigError, describe
+from fedpm_flwr.report import PREFIX
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
+_SUPERLINK_START_S = 60
+_STOP_S = 20
+_TAIL_LINES = 40
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog="settings:\n" + describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--nodes", type=int, default=10, help="virtual clients (default: 10)")
+    parser.add_argument("--cpus", type=int, default=1, help="CPU cores for each client (default: 1)")
+    parser.add_argument("--gpus", type=float, default=0.0, help="share of a GPU for each client (default: 0)")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    try:
+        config = _config(arguments.settings, arguments.nodes)
+    except ConfigError as error:
+        print(f"{PREFIX}{error}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return _simulate(config, arguments)
+    except KeyboardInterrupt:
+        print(f"{PREFIX}stopped; what there is, is in {config.output}", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _config(settings: list[str], nodes: int) -> Config:
+    if nodes < 1:
+        raise ConfigError(f"--nodes={nodes} is not allowed; allowed: whole number >= 1")
+    values: dict[str, Any] = {"min-available-nodes": nodes}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"{setting!r} is not of the form KEY=VALUE")
+        values[key] = _toml_value(text)
+    config = Config.from_run_config(values)
+    if not config.output:
+        folder = _CHECKOUT / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{config.algorithm}"
+        config = Config.from_run_config({**config.to_run_config(), "output": str(folder)})
+    return config
+
+
+def _toml_value(text: str) -> Any:
+    """A TOML value; a word that is none is a string, since shells eat quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _simulate(config: Config, arguments: argparse.Namespace) -> int:
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fedpm-flwr-") as home, _superlink(Path(home)) as environment:
+        settings = Path(home) / "run-config.toml"
+        settings.write_text(config.to_toml())
+        federation = (
+            f"num-supernodes={arguments.nodes} client-resources-num-cpus={arguments.cpus} "
+            f"client-resources-num-gpus={arguments.gpus}"
+        )
+        command = ["flwr", "run", str(_CHECKOUT), "--stream", "--run-config", str(settings)]
+        log = _follow([*command, "--federation-config", federation], environment, output / "flower.log")
+        status = _run_status(environment)
+    if status == "finished:completed":
+        return 0
+    print("".join(log[-_TAIL_LINES:]), file=sys.stderr)
+    print(f"{PREFIX}the run did not complete ({status}); all of the log: {output / 'flower.log'}", file=sys.stderr)
+    return 1
+
+
+def _follow(command: list[str], environment: dict[str, str], log_file: Path) -> list[str]:
+    """Run a command, show the application's lines of its output, keep all of them."""
+    lines = []
+    with (
+        log_file.open("w") as log,
+        subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            log.write(line)
+            if line.startswith(PREFIX):
+                print(line, end="", flush=True)
+    return lines
+
+
+def _run_status(environment: dict[str, str]) -> str:
+    """What Flower says became of the only run of this SuperLink."""
+    listed = subprocess.run(
+        ["flwr", "ls", "--format", "json"], env=environment, capture_output=True, text=True, check=False
+    )
+    try:
+        return str(json.loads(listed.stdout)["runs"][0]["status"])
+    except (ValueError, LookupError):
+        return f"unknown: {listed.stdout.strip() or listed.stderr.strip() or 'no answer'}"
+
+
+@contextmanager
+def _superlink(home: Path) -> Iterator[dict[str, str]]:
+    """A SuperLink of our own, in simulation mode; yields the environment that ``flwr`` finds it in."""
+    port, control_port = _free_ports(2)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(control_port),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+    }
+    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--control-api-address", f"127.0.0.1:{control_port}"]
+    with (home / "superlink.log").open("w") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        _wait_until_healthy(process, port, home / "superlink.log")
+        yield environment
+    finally:
+        _stop(process)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    end = time.monotonic() + _SUPERLINK_START_S
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise SystemExit(f"{PREFIX}the SuperLink did not start:\n{log.read_text()}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the SuperLink and everything that it started, Ray's processes too."""
+    try:
+        parent = psutil.Process(process.pid)
+        family = [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        family = []
+    process.terminate()
+    _, alive = psutil.wait_procs(family, timeout=_STOP_S)
+    for one in alive:
+        one.kill()
+    psutil.wait_procs(alive, timeout=_STOP_S)
+    process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""The application's server: wiring only."""
+
+import torch.nn.functional as F
+from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from fedpm_flwr import messages
+from fedpm_flwr.algorithms import get_algorithm
+from fedpm_flwr.config import Config
+from fedpm_flwr.report import RunReport
+from fedpm_flwr.reproducible import PartitionOrderedGrid
+from fedpm_flwr.tasks import build_model, load_dataset
+from fedpm_flwr.training import evaluate, loader, pick_device, reproducible
+
+_EVALUATION_BATCH = 512
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Train by the configured algorithm, test each round's global model, leave a report."""
+    config = Config.from_run_config(context.run_config)
+    device = pick_device(config.device)
+    split = load_dataset(config.dataset)
+    model = build_model(config.model, split.input_shape, split.classes, config.seed).to(device)
+    test_batches = loader(split.test, _EVALUATION_BATCH)
+    report = RunReport(config)
+    from_clients: dict[str, int | float] = {"uplink-bytes": 0, "clients": 0}
+
+    def evaluate_global_model(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        model.load_state_dict(arrays.to_torch_state_dict())
+        loss, accuracy = evaluate(model, test_batches, F.cross_entropy, device)
+        tested = {"test-accuracy": accuracy, "test-loss": loss}
+        report.add_round(server_round, tested | from_clients)
+        from_clients.update({"uplink-bytes": 0, "clients": 0})
+        return MetricRecord(tested)
+
+    strategy = get_algorithm(config.algorithm).strategy(config)
+    average = strategy.train_metrics_aggr_fn
+
+    def note_train_metrics(replies: list[RecordDict], weighted_by: str) -> MetricRecord:
+        uplink = sum(messages.count_bytes(reply) for reply in replies)
+        averaged = average(replies, weighted_by)
+        from_clients.update({"uplink-bytes": uplink, "clients": len(replies)})
+        from_clients.update({key: value for key, value in averaged.items() if not isinstance(value, list)})
+        return averaged
+
+    strategy.train_metrics_aggr_fn = note_train_metrics
+    with reproducible(config.seed, config.threads):
+        strategy.start(
+            grid=PartitionOrderedGrid(grid, config.seed),
+            initial_arrays=ArrayRecord(model.state_dict()),
+            num_rounds=config.num_server_rounds,
+            evaluate_fn=evaluate_global_model,
+        )
+    report.finish(model.state_dict())
