@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import nn
 from torch.utils.data import Subset
@@ -42,7 +42,7 @@ def evaluate_global_model(message: Message, context: Context) -> Message:
         model, device = _global_model(config, message)
         loss, accuracy = evaluate(model, loader(data, config.batch_size), F.cross_entropy, device)
     metrics = {messages.NUM_EXAMPLES: len(data), "loss": loss, "accuracy": accuracy}
-    return Message(RecordDict({messages.METRICS: MetricRecord(metrics)}), reply_to=message)
+    return messages.metrics_reply(message, metrics)
 
 
 @app.query(messages.PARTITION_ACTION)

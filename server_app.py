@@ -34,7 +34,7 @@ def main(grid: Grid, context: Context) -> None:
         tested = {"test-accuracy": accuracy, "test-loss": loss}
         report.add_round(server_round, tested | from_clients)
         from_clients.update({"uplink-bytes": 0, "clients": 0})
-        return MetricRecord(tested)
+        return MetricRecord({**tested})
 
     strategy = get_algorithm(config.algorithm).strategy(config)
     average = strategy.train_metrics_aggr_fn

@@ -77,12 +77,15 @@ def train_reply(
     request: Message, model: nn.Module, metrics: Mapping[str, int | float], optimizer: torch.optim.Optimizer
 ) -> Message:
     """The reply to a training request; ``metrics`` must hold ``num-examples``."""
-    content = RecordDict(
-        {ARRAYS: ArrayRecord(model.state_dict()), METRICS: MetricRecord(dict(metrics))}  # type: ignore[arg-type]
-    )
+    content = RecordDict({ARRAYS: ArrayRecord(model.state_dict()), METRICS: MetricRecord({**metrics})})
     if asked_codec(request) is not None and isinstance(optimizer, Preconditioned):
         content[CURVATURE] = curvature_record(optimizer, request)
     return Message(content, reply_to=request)
+
+
+def metrics_reply(request: Message, metrics: Mapping[str, int | float]) -> Message:
+    """A reply of metrics alone, as to an evaluation request."""
+    return Message(RecordDict({METRICS: MetricRecord({**metrics})}), reply_to=request)
 
 
 def partition_of(context: Context) -> tuple[int, int]:
@@ -102,13 +105,16 @@ def partition_of(context: Context) -> tuple[int, int]:
 
 def partition_reply(request: Message, context: Context) -> Message:
     """The answer to a ``PARTITION_QUERY``: which partition this node holds."""
-    metrics = MetricRecord({PARTITION_ID: partition_of(context)[0]})
-    return Message(RecordDict({METRICS: metrics}), reply_to=request)
+    return metrics_reply(request, {PARTITION_ID: partition_of(context)[0]})
 
 
 def count_bytes(content: RecordDict) -> int:
     """Bytes of all records, as Flower itself counts them."""
-    records = [*content.array_records.values(), *content.metric_records.values(), *content.config_records.values()]
+    records: list[ArrayRecord | MetricRecord | ConfigRecord] = [
+        *content.array_records.values(),
+        *content.metric_records.values(),
+        *content.config_records.values(),
+    ]
     return sum(record.count_bytes() for record in records)
 
 
@@ -151,9 +157,7 @@ def _read_state(content: RecordDict, theta: Mapping[str, Tensor]) -> dict[str, T
         except Exception as error:  # bytes from outside: whatever is wrong with them, the reply is unusable
             raise ReplyError(f"array {key!r} cannot be read: {error}") from error
         if new.shape != old.shape or new.is_floating_point() != old.is_floating_point():
-            raise ReplyError(
-                f"array {key!r} is {new.dtype} {list(new.shape)}, not {old.dtype} {list(old.shape)}"
-            )
+            raise ReplyError(f"array {key!r} is {new.dtype} {list(new.shape)}, not {old.dtype} {list(old.shape)}")
         if new.is_floating_point() and not torch.isfinite(new).all():
             raise ReplyError(f"array {key!r} is not finite")
         state[key] = new

@@ -46,7 +46,7 @@ class RunReport:
         row: Row = {"round": server_round, **metrics, "seconds": round(seconds, 3)}
         self.rows.append(row)
         self._write_rows()
-        self._say(self._line(row, now))
+        self._say(self._line(row))
 
     def finish(self, state: Mapping[str, Tensor]) -> None:
         """Write the model and the plot, print the summary."""
@@ -69,19 +69,25 @@ class RunReport:
             writer.writerows(self.rows)
         (self.folder / "metrics.json").write_text(json.dumps(self.rows, indent=1))
 
-    def _line(self, row: Row, now: float) -> str:
+    def _line(self, row: Row) -> str:
         rounds = self._config.num_server_rounds
         done = row["round"]
-        left = (now - self._started) / (done + 1) * (rounds - done)
+        left = seconds_left(self.rows, rounds)
         return (
             f"round {done:>{len(str(rounds))}}/{rounds}  accuracy {row['test-accuracy']:.4f}  "
             f"loss {row['test-loss']:.4f}  uplink {row['uplink-bytes'] / _MEGABYTE:.2f} MB  "
-            f"{row['seconds']:.1f} s  {left:.0f} s left"
+            f"{row['seconds']:.1f} s" + (f"  {left:.0f} s left" if left is not None else "")
         )
 
     @staticmethod
     def _say(line: str) -> None:
         print(PREFIX + line, flush=True)
+
+
+def seconds_left(rows: list[Row], rounds: int) -> float | None:
+    """Seconds to go, from the rounds so far but the first two, which include starting up; None: unknown."""
+    timed = [row["seconds"] for row in rows[2:]]
+    return (rounds - rows[-1]["round"]) * sum(timed) / len(timed) if timed else None
 
 
 def plot_curves(rows: list[Row], title: str, path: Path) -> None:

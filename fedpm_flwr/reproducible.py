@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterable
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -78,6 +78,7 @@ class PartitionOrderedGrid(Grid):
         self._partitions.update(dict.fromkeys(nodes))
         for reply in self._grid.send_and_receive(queries, timeout=_QUERY_TIMEOUT_S):
             if reply.has_content():
-                answer = reply.content.metric_records.get(messages.METRICS, {}).get(messages.PARTITION_ID)
+                metrics = reply.content.metric_records.get(messages.METRICS, MetricRecord())
+                answer = metrics.get(messages.PARTITION_ID)
                 if isinstance(answer, int):
                     self._partitions[reply.metadata.src_node_id] = answer

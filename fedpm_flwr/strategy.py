@@ -104,7 +104,7 @@ class FedPM(FedAvg):
         except CurvatureError as error:
             _log.error("round %d: the model stays as it was: %s", server_round, error)
             return None, metrics
-        return ArrayRecord(mixed), metrics  # type: ignore[arg-type]
+        return ArrayRecord(mixed), metrics
 
     def _read(self, reply: Message) -> Update:
         return read_update(

@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -70,7 +70,7 @@ def evaluate(
 
 
 def loader(
-    data: Dataset[tuple[Tensor, ...]], batch_size: int, seed: int | None = None
+    data: TensorDataset | Subset[tuple[Tensor, ...]], batch_size: int, seed: int | None = None
 ) -> DataLoader[tuple[Tensor, ...]]:
     """Batches of this size (0: all at once), in an order given by the seed (None: as they lie)."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)

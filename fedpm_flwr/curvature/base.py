@@ -70,6 +70,7 @@ def cholesky(matrix: Tensor) -> Tensor:
     Raises:
         CurvatureError: the matrix is not positive definite.
     """
+    lower: Tensor
     lower, info = torch.linalg.cholesky_ex(matrix)
     if info.any() and matrix.dtype != torch.float64:
         lower, info = torch.linalg.cholesky_ex(matrix.double())

@@ -41,7 +41,7 @@ def to_matrix(tensors: Sequence[Tensor]) -> Tensor:
 def from_matrix(matrix: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """Undo ``to_matrix``: the columns of the matrix as tensors of these shapes."""
     widths = [_columns(torch.empty(shape, device="meta")) for shape in shapes]
-    parts = matrix.split(widths, dim=1)
+    parts = torch.split(matrix, widths, dim=1)
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 

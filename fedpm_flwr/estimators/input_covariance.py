@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -43,25 +44,29 @@ class InputCovariance:
     Only forwards that training differentiates count: not those under ``no_grad``, not those in
     evaluation mode, and not recomputation by checkpointing during the backward pass.
 
+    ``recording`` holds the layers to measure; the rest pass at no cost. At first it is all of them.
+
     Layers that it cannot measure, and parameters that modules share, are named in one warning;
     their parameters belong to no block.
 
     Args:
         model: hooks are put on its layers until ``detach`` is called.
         max_side: layers with more inputs than this are left out.
+        parameters: those to measure curvature for; by default all of the model's. Frozen ones never are.
     """
 
-    def __init__(self, model: nn.Module, max_side: int = 8192) -> None:
-        self.recording = True
+    def __init__(
+        self, model: nn.Module, max_side: int = 8192, parameters: Iterable[nn.Parameter] | None = None
+    ) -> None:
+        chosen = {p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad}
         self._watched: dict[str, _Watched] = {}
         self._left_out: list[str] = []
         shared = _shared_parameters(model)
         for name, module in model.named_modules():
-            self._watch(name, module, shared, max_side)
+            self._watch(name, module, chosen, shared, max_side)
+        self.recording: Collection[Block] = self.blocks
         if self._left_out:
-            warnings.warn(
-                f"no curvature for {', '.join(self._left_out)}: averaged instead of mixed", stacklevel=2
-            )
+            warnings.warn(f"no curvature for {', '.join(self._left_out)}: averaged instead of mixed", stacklevel=2)
 
     @property
     def blocks(self) -> list[Block]:
@@ -82,8 +87,10 @@ class InputCovariance:
         for watched in self._watched.values():
             watched.handle.remove()
 
-    def _watch(self, name: str, module: nn.Module, shared: set[nn.Parameter], max_side: int) -> None:
-        own = {key: p for key, p in module.named_parameters(recurse=False) if p.requires_grad}
+    def _watch(
+        self, name: str, module: nn.Module, chosen: set[nn.Parameter], shared: set[nn.Parameter], max_side: int
+    ) -> None:
+        own = {key: p for key, p in module.named_parameters(recurse=False) if p in chosen}
         if not own:
             return
         reason = _why_not(module, own, shared, max_side)
@@ -94,7 +101,12 @@ class InputCovariance:
         block = Block(name, tuple(prefix + key for key in ("weight", "bias") if key in own))
 
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if self.recording and layer.training and torch.is_grad_enabled() and not _in_backward():
+            if (
+                watched.block in self.recording
+                and layer.training
+                and torch.is_grad_enabled()
+                and not _in_backward()
+            ):
                 self._record(watched, layer, inputs[0])
 
         watched = _Watched(block, module.register_forward_pre_hook(hook), "bias" in own)
@@ -126,9 +138,7 @@ def unfold(layer: nn.Conv2d, images: Tensor) -> Tensor:
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 
-def _why_not(
-    module: nn.Module, own: dict[str, nn.Parameter], shared: set[nn.Parameter], max_side: int
-) -> str:
+def _why_not(module: nn.Module, own: dict[str, nn.Parameter], shared: set[nn.Parameter], max_side: int) -> str:
     """Why a module with these trainable parameters gets no curvature; empty if it does."""
     if type(module) not in (nn.Linear, nn.Conv2d):
         return type(module).__name__

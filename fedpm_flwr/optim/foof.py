@@ -66,7 +66,9 @@ class FOOF(torch.optim.Optimizer):
         self._ema, self._refresh, self._inverse = ema, refresh_interval, inverse_interval
         self._codec = get_codec(codec) if codec else None
         self._parameters = dict(model.named_parameters())
-        self._estimator = InputCovariance(model, max_factor_side)
+        owned = [p for group in self.param_groups for p in group["params"]]
+        self._estimator = InputCovariance(model, max_factor_side, owned)
+        self._schedule()
         self.register_load_state_dict_post_hook(lambda _: self._schedule())
 
     @overload
@@ -85,7 +87,7 @@ class FOOF(torch.optim.Optimizer):
         groups = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
         for block in self._estimator.blocks:
             owned = [self._parameters[key] for key in block.parameters]
-            if all(p in groups for p in owned) and "factor" in self.state[owned[0]]:
+            if all(p in groups for p in owned) and "factor" in self._state_of(block):
                 self._step_layer(block, owned, [groups.pop(p) for p in owned])
         for p, group in groups.items():
             p.sub_(p.grad, alpha=group["lr"])
@@ -98,7 +100,7 @@ class FOOF(torch.optim.Optimizer):
         """A of every layer that was stepped by it, as now averaged, and the λ it was stepped with."""
         found = []
         for block in self._estimator.blocks:
-            state = self.state.get(self._parameters[block.parameters[0]], {})
+            state = self._state_of(block)
             if "inverse" in state:
                 found.append(LayerCurvature(block, KroneckerRight(state["factor"]), state["damping"]))
         return found
@@ -107,16 +109,22 @@ class FOOF(torch.optim.Optimizer):
         """Take the hooks off the model; the optimizer then steps with what it has measured."""
         self._estimator.detach()
 
+    def _state_of(self, block: Block) -> dict[str, Any]:
+        """A layer's state, kept under its weight."""
+        state: dict[str, Any] = self.state[self._parameters[block.parameters[0]]]
+        return state
+
     def _steps(self) -> int:
         return int(self.param_groups[0]["step"])
 
     def _schedule(self) -> None:
-        """Measure the inputs of the coming forward passes only if the next step refreshes A."""
-        self._estimator.recording = self._steps() % self._refresh == 0
+        """Measure in the coming forward passes if the next step refreshes A, or where there is none yet."""
+        due = self._steps() % self._refresh == 0
+        self._estimator.recording = {b for b in self._estimator.blocks if due or "factor" not in self._state_of(b)}
 
     def _update_factors(self) -> None:
         for block, measured in self._estimator.collect().items():
-            state = self.state[self._parameters[block.parameters[0]]]
+            state = self._state_of(block)
             old = state.get("factor")
             new = measured if old is None else self._ema * old + (1 - self._ema) * measured
             if self._codec is not None:
@@ -124,7 +132,7 @@ class FOOF(torch.optim.Optimizer):
             state["factor"] = new
 
     def _step_layer(self, block: Block, owned: list[nn.Parameter], groups: list[dict[str, Any]]) -> None:
-        state = self.state[owned[0]]
+        state = self._state_of(block)
         if "inverse" not in state or self._steps() % self._inverse == 0:
             state["inverse"], state["damping"] = _invert(state["factor"], groups[0]["damping"], block.name)
         gradient = to_matrix([_gradient(p) for p in owned])

@@ -40,9 +40,7 @@ def _cnn(input_shape: tuple[int, ...], classes: int) -> nn.Module:
 
 def _mlp(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """One hidden layer of 64 units, on inputs of any shape."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(math.prod(input_shape), 64), nn.ReLU(), nn.Linear(64, classes)
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), 64), nn.ReLU(), nn.Linear(64, classes))
 
 
 _MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {"cnn": _cnn, "mlp": _mlp}

@@ -125,8 +125,9 @@ def _read_layer(
         raise PayloadError(f"{where}: unknown kind {entry['kind']!r:.50}; allowed: {', '.join(_KINDS)}")
     if entry["codec"] not in CODECS:
         raise PayloadError(f"{where}: unknown codec {entry['codec']!r:.50}; allowed: {', '.join(CODECS)}")
-    if not (math.isfinite(entry["damping"]) and entry["damping"] >= 0):
-        raise PayloadError(f"{where}: damping {entry['damping']} is not a finite number >= 0")
+    damping = _to_float(entry["damping"])
+    if not (math.isfinite(damping) and damping >= 0):
+        raise PayloadError(f"{where}: damping {damping} is not a finite number >= 0")
     _check_parameters(where, entry, shapes, seen)
     try:
         matrix = get_codec(entry["codec"]).unpack(tensors, entry["side"])
@@ -137,7 +138,14 @@ def _read_layer(
     if (matrix.diagonal() < 0).any():
         raise PayloadError(f"{where}: the curvature has a negative number on its diagonal")
     block = Block(entry["name"], tuple(entry["parameters"]))
-    return LayerCurvature(block, _KINDS[entry["kind"]](matrix), entry["damping"])
+    return LayerCurvature(block, _KINDS[entry["kind"]](matrix), damping)
+
+
+def _to_float(number: float | int) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def _check_parameters(

@@ -1,0 +1,74 @@
+"""Small Flower apps in the shape that users write, on the library alone."""
+
+from collections.abc import Callable
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor, nn
+
+from fedpm_flwr import messages
+from fedpm_flwr.inline import run_inline
+from fedpm_flwr.optim import FOOF
+from fedpm_flwr.training import fit
+
+Data = Callable[[int], tuple[Tensor, Tensor]]
+"""A client's whole data, by partition."""
+
+
+def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """½‖Wx − y‖², summed over outputs and averaged over samples."""
+    return 0.5 * (outputs - targets).square().sum(dim=1).mean()
+
+
+def regression_client(data: Data, make_model: Callable[[], nn.Module], **options: float) -> ClientApp:
+    """One full-batch FOOF step a round on ½‖Wx − y‖²."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        x, y = data(messages.partition_of(context)[0])
+        model = make_model()
+        model.load_state_dict(message.content.array_records[messages.ARRAYS].to_torch_state_dict())
+        optimizer = FOOF(model, codec=messages.asked_codec(message), **options)  # type: ignore[arg-type]
+        result = fit(model, [(x, y)], optimizer, half_squared_error)
+        return messages.train_reply(message, model, {"num-examples": len(x), "loss": result.loss}, optimizer)
+
+    @app.query(messages.PARTITION_ACTION)
+    def partition(message: Message, context: Context) -> Message:
+        return messages.partition_reply(message, context)
+
+    return app
+
+
+def federate(
+    client_app: ClientApp,
+    strategy: Strategy,
+    model: nn.Module,
+    num_supernodes: int,
+    rounds: int = 1,
+    wrap: Callable[[Grid], Grid] = lambda grid: grid,
+    seed: int | None = None,
+) -> Result:
+    """Run the strategy's own ``start`` over inline clients and return its result."""
+    results: list[Result] = []
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        results.append(
+            strategy.start(wrap(grid), initial_arrays=ArrayRecord(model.state_dict()), num_rounds=rounds)
+        )
+
+    run_inline(app, client_app, num_supernodes, seed=seed)
+    return results[0]
+
+
+def reply_with(request: Message, arrays: ArrayRecord, metrics: dict[str, float], **records: object) -> Message:
+    """A training reply with whatever a test wants in it."""
+    content = RecordDict({messages.ARRAYS: arrays, messages.METRICS: MetricRecord({**metrics})})
+    for name, record in records.items():
+        content[name] = record  # type: ignore[assignment]
+    return Message(content, reply_to=request)

@@ -1,0 +1,230 @@
+"""The FOOF optimizer: its step, its schedule, its damping, and what it says of itself."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedpm_flwr.curvature import CurvatureError, KroneckerRight
+from fedpm_flwr.optim import FOOF
+
+
+def moment(x: Tensor) -> Tensor:
+    with_ones = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+    return with_ones.T @ with_ones / len(x)
+
+
+def backward(model: nn.Module, x: Tensor) -> None:
+    model.zero_grad()
+    model(x).square().sum().backward()
+
+
+def joint(layer: nn.Linear, gradient: bool = False) -> Tensor:
+    weight, bias = (layer.weight.grad, layer.bias.grad) if gradient else (layer.weight.data, layer.bias.data)
+    assert weight is not None
+    assert bias is not None
+    return torch.cat([weight, bias[:, None]], dim=1).clone()
+
+
+@pytest.fixture
+def layer() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3).double()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_one_step_is_the_damped_inverse_times_the_gradient(layer: nn.Linear, x: Tensor) -> None:
+    optimizer = FOOF(layer, lr=0.5, damping=0.1)
+    backward(layer, x)
+    before, gradient = joint(layer), joint(layer, gradient=True)
+    optimizer.step()
+    damped = moment(x) + 0.1 * torch.eye(5, dtype=torch.float64)
+    torch.testing.assert_close(joint(layer), before - 0.5 * gradient @ torch.linalg.inv(damped))
+    (said,) = optimizer.preconditioners()
+    assert isinstance(said.curvature, KroneckerRight)
+    torch.testing.assert_close(said.curvature.factor, moment(x))
+    assert said.damping == 0.1
+    assert said.block.parameters == ("weight", "bias")
+
+
+def test_a_convolution_steps_like_the_linear_layer_over_its_patches() -> None:
+    torch.manual_seed(3)
+    conv = nn.Conv2d(2, 3, 2, stride=2).double()
+    linear = nn.Linear(8, 3).double()
+    linear.load_state_dict({"weight": conv.weight.flatten(1), "bias": conv.bias})
+    images = torch.randn(5, 2, 4, 4, dtype=torch.float64)
+    patches = nn.functional.unfold(images, 2, stride=2).transpose(1, 2).reshape(-1, 8)
+    for model, inputs in ((conv, images), (linear, patches)):
+        optimizer = FOOF(model, lr=0.1, damping=0.01)
+        backward(model, inputs)
+        optimizer.step()
+    torch.testing.assert_close(conv.weight.flatten(1), linear.weight)
+    torch.testing.assert_close(conv.bias, linear.bias)
+
+
+def test_layers_without_curvature_take_plain_gradient_steps() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match=r"0 \(LayerNorm\)"):
+        optimizer = FOOF(model, lr=0.1)
+    backward(model, torch.randn(3, 4))
+    norm = model[0]
+    before, gradient = norm.weight.data.clone(), norm.weight.grad.clone()
+    optimizer.step()
+    torch.testing.assert_close(norm.weight.data, before - 0.1 * gradient)
+    assert [said.block.name for said in optimizer.preconditioners()] == ["1"]
+
+
+def test_running_average_and_intervals(layer: nn.Linear) -> None:
+    """Measured at steps 0, 2, 4; inverted at steps 0 and 3: so steps 1 and 2 use the inverse of step 0."""
+    optimizer = FOOF(layer, lr=0.01, damping=1.0, ema=0.75, refresh_interval=2, inverse_interval=3)
+    generator = torch.Generator().manual_seed(4)
+    average = inverse = None
+    for step in range(5):
+        x = torch.randn(6, 4, dtype=torch.float64, generator=generator)
+        backward(layer, x)
+        before, gradient = joint(layer), joint(layer, gradient=True)
+        optimizer.step()
+        if step % 2 == 0:
+            average = moment(x) if average is None else 0.75 * average + 0.25 * moment(x)
+        assert average is not None
+        if step % 3 == 0:
+            inverse = torch.linalg.inv(average + torch.eye(5, dtype=torch.float64))
+        assert inverse is not None
+        torch.testing.assert_close(joint(layer), before - 0.01 * gradient @ inverse)
+    (said,) = optimizer.preconditioners()
+    assert isinstance(said.curvature, KroneckerRight)
+    torch.testing.assert_close(said.curvature.factor, average)
+
+
+def test_gradient_accumulation_measures_all_of_the_batch(layer: nn.Linear, x: Tensor) -> None:
+    optimizer = FOOF(layer)
+    for part in x.split(2):
+        layer(part).square().sum().backward()
+    optimizer.step()
+    (said,) = optimizer.preconditioners()
+    assert isinstance(said.curvature, KroneckerRight)
+    torch.testing.assert_close(said.curvature.factor, moment(x))
+
+
+def test_with_a_codec_it_steps_by_the_curvature_as_decoded(layer: nn.Linear, x: Tensor) -> None:
+    optimizer = FOOF(layer, lr=1.0, damping=0.1, codec="triangle-float32")
+    backward(layer, x)
+    before, gradient = joint(layer), joint(layer, gradient=True)
+    optimizer.step()
+    decoded = moment(x).float().double()
+    assert not torch.equal(decoded, moment(x))
+    damped = decoded + 0.1 * torch.eye(5, dtype=torch.float64)
+    torch.testing.assert_close(joint(layer), before - gradient @ torch.linalg.inv(damped), rtol=1e-12, atol=1e-12)
+
+
+def test_damping_is_raised_until_there_is_an_inverse_and_said_once(layer: nn.Linear) -> None:
+    x = torch.full((6, 4), 1e9, dtype=torch.float64)  # A is singular, and 1e-3 is lost beside 1e18
+    optimizer = FOOF(layer, lr=1e-9, damping=1e-3, refresh_interval=1, inverse_interval=1)
+    backward(layer, x)
+    with pytest.warns(UserWarning, match="layer '': damping raised from 0.001 to") as caught:
+        optimizer.step()
+    assert len(caught) == 1
+    (said,) = optimizer.preconditioners()
+    assert said.damping > 1e-3
+    assert torch.isfinite(layer.weight).all()
+
+
+def test_no_damping_and_a_singular_factor_is_an_error(layer: nn.Linear) -> None:
+    optimizer = FOOF(layer, damping=0.0)
+    backward(layer, torch.zeros(2, 4, dtype=torch.float64))
+    with pytest.raises(CurvatureError, match=r"layer '': .* its damping is 0"):
+        optimizer.step()
+
+
+def test_inputs_that_are_not_finite_are_an_error(layer: nn.Linear) -> None:
+    optimizer = FOOF(layer)
+    backward(layer, torch.full((2, 4), torch.nan, dtype=torch.float64))
+    with pytest.raises(CurvatureError, match="not finite"):
+        optimizer.step()
+
+
+def test_param_groups_schedulers_and_closures(layer: nn.Linear, x: Tensor) -> None:
+    optimizer = FOOF(layer, [{"params": [layer.weight]}, {"params": [layer.bias], "lr": 0.0}], lr=0.4)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    bias, weight = layer.bias.data.clone(), layer.weight.data.clone()
+
+    def closure() -> float:
+        backward(layer, x)
+        return 3.0
+
+    assert optimizer.step(closure) == 3.0
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.2
+    assert torch.equal(layer.bias, bias)
+    assert not torch.equal(layer.weight, weight)
+
+
+def test_state_dict_round_trip(x: Tensor) -> None:
+    torch.manual_seed(5)
+    first = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    options = {"lr": 0.1, "damping": 0.1, "refresh_interval": 2, "inverse_interval": 3}
+    one = FOOF(first, **options)  # type: ignore[arg-type]
+    for _ in range(3):
+        backward(first, x)
+        one.step()
+    second = copy.deepcopy(first)
+    for module in second.modules():
+        module._forward_pre_hooks.clear()
+    two = FOOF(second, **options)  # type: ignore[arg-type]
+    two.load_state_dict(one.state_dict())
+    for _ in range(4):
+        for model, optimizer in ((first, one), (second, two)):
+            backward(model, x)
+            optimizer.step()
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lr": -1.0}, {"damping": -1.0}, {"ema": 1.5}, {"refresh_interval": 0}, {"codec": "zip"}]
+)
+def test_arguments_out_of_range(layer: nn.Linear, wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"must be|between|unknown codec"):
+        FOOF(layer, **wrong)  # type: ignore[arg-type]
+
+
+def test_frozen_parameters_and_missing_gradients_are_left_alone(x: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).double()
+    model[0].requires_grad_(False)
+    optimizer = FOOF(model)
+    frozen = model[0].weight.clone()
+    optimizer.step()  # no gradients yet
+    backward(model, x)
+    optimizer.step()
+    assert torch.equal(model[0].weight, frozen)
+    assert [said.block.name for said in optimizer.preconditioners()] == ["1"]
+
+
+def test_only_the_parameters_it_is_given_are_stepped_measured_and_kept(x: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).double()
+    optimizer = FOOF(model, model[1].parameters())
+    body = model[0].weight.clone()
+    backward(model, x)
+    optimizer.step()
+    assert torch.equal(model[0].weight, body)
+    assert [said.block.name for said in optimizer.preconditioners()] == ["1"]
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_gives_what_the_cpu_gives(x: Tensor) -> None:
+    torch.manual_seed(6)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    twin = copy.deepcopy(model).cuda()
+    for network, inputs in ((model, x), (twin, x.cuda())):
+        optimizer = FOOF(network, damping=0.1)
+        for _ in range(3):
+            backward(network, inputs)
+            optimizer.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q.cpu())

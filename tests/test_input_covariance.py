@@ -1,0 +1,212 @@
+"""FOOF's matrix against curvlinops, and what may never enter it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from curvlinops import KFACLinearOperator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fedpm_flwr.estimators import InputCovariance
+
+
+def oracle(model: nn.Module, data: list[tuple[Tensor, Tensor]], joint: bool) -> dict[str, Tensor]:
+    """curvlinops' forward-only input factors: the mean over examples and positions, as ours."""
+    factors = KFACLinearOperator(
+        model,
+        nn.MSELoss(),
+        list(model.parameters()),
+        data,
+        fisher_type="forward-only",
+        separate_weight_and_bias=not joint,
+        check_deterministic=False,
+    )
+    factors.compute_kronecker_factors()
+    found: dict[str, Tensor] = factors.state_dict()["input_covariances"]
+    return found
+
+
+def measure(model: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:
+    estimator = InputCovariance(model)
+    model.train()
+    for x in inputs:
+        model(x)
+    return {block.name: moment for block, moment in estimator.collect().items()}
+
+
+LAYERS: dict[str, Callable[[bool], nn.Module]] = {
+    "linear": lambda bias: nn.Linear(5, 3, bias=bias),
+    "conv": lambda bias: nn.Conv2d(2, 3, 3, bias=bias),
+    "stride": lambda bias: nn.Conv2d(2, 3, 3, stride=(2, 1), bias=bias),
+    "padding": lambda bias: nn.Conv2d(2, 3, (3, 2), padding=(2, 1), bias=bias),
+    "dilation": lambda bias: nn.Conv2d(2, 3, 2, dilation=(2, 3), bias=bias),
+    "all": lambda bias: nn.Conv2d(2, 3, 3, stride=2, padding=2, dilation=2, bias=bias),
+    "1x1": lambda bias: nn.Conv2d(2, 3, 1, bias=bias),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_equals_curvlinops(name: str, bias: bool) -> None:
+    """Scaling 1: curvlinops divides by examples times positions as well, so the factors are equal."""
+    torch.manual_seed(0)
+    layer = LAYERS[name](bias)
+    model = nn.Sequential(layer, nn.Tanh(), nn.Flatten()).double()
+    shape = (5,) if name == "linear" else (2, 7, 8)
+    batches = [torch.randn(n, *shape, dtype=torch.float64) for n in (4, 4)]
+    with torch.no_grad():
+        targets = [torch.zeros_like(model(x)) for x in batches]
+    expected = oracle(model, list(zip(batches, targets, strict=True)), joint=bias)["0"]
+    found = measure(model, batches)["0"]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    if bias:
+        assert found[-1, -1] == 1
+
+
+def test_equals_curvlinops_in_a_deep_network_with_batches_of_unequal_size() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(8, 3)
+    ).double()
+    batches = [torch.randn(n, 1, 4, 4, dtype=torch.float64) for n in (5, 3)]
+    expected = oracle(model, [(x, torch.zeros(len(x), 3, dtype=torch.float64)) for x in batches], joint=True)
+    found = measure(model, batches)
+    assert set(found) == {"0", "2", "4"}
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
+def patches_by_convolution(layer: nn.Conv2d, images: Tensor) -> Tensor:
+    """Patches as the convolution itself sees them: its outputs for one-hot weights."""
+    size = layer.weight[0].numel()
+    probe = nn.Conv2d(
+        layer.in_channels,
+        size,
+        layer.kernel_size,  # type: ignore[arg-type]
+        layer.stride,  # type: ignore[arg-type]
+        layer.padding,  # type: ignore[arg-type]
+        layer.dilation,  # type: ignore[arg-type]
+        bias=False,
+        padding_mode=layer.padding_mode,
+    ).double()
+    probe.weight.data = torch.eye(size, dtype=torch.float64).reshape(size, *layer.weight.shape[1:])
+    return probe(images).detach().movedim(1, -1).reshape(-1, size)
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [1, "same", "valid"])
+def test_padding_modes(padding_mode: str, padding: int | str) -> None:
+    torch.manual_seed(2)
+    layer = nn.Conv2d(2, 3, (3, 2), padding=padding, padding_mode=padding_mode, bias=False).double()  # type: ignore[arg-type]
+    images = torch.randn(3, 2, 5, 6, dtype=torch.float64)
+    patches = patches_by_convolution(layer, images)
+    torch.testing.assert_close(measure(nn.Sequential(layer), [images])["0"], patches.T @ patches / len(patches))
+
+
+def test_inputs_with_more_or_fewer_dimensions() -> None:
+    x = torch.randn(2, 3, 4)
+    found = measure(nn.Linear(4, 1, bias=False), [x])[""]
+    torch.testing.assert_close(found, x.reshape(-1, 4).T @ x.reshape(-1, 4) / 6)
+    image = torch.randn(1, 5, 5)
+    alone = measure(nn.Conv2d(1, 1, 3), [image])[""]
+    torch.testing.assert_close(alone, measure(nn.Conv2d(1, 1, 3), [image[None]])[""])
+
+
+def test_a_module_called_twice_counts_both_inputs() -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    first, second = torch.randn(4, 3), torch.randn(2, 3)
+    estimator = InputCovariance(layer)
+    layer(first)
+    layer(second)
+    both = torch.cat([first, second])
+    (moment,) = estimator.collect().values()
+    torch.testing.assert_close(moment, both.T @ both / 6)
+    assert estimator.collect() == {}
+
+
+class TestWhatNeverEnters:
+    @pytest.fixture
+    def model(self) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
+
+    def test_no_grad_and_inference_mode(self, model: nn.Sequential) -> None:
+        estimator = InputCovariance(model)
+        with torch.no_grad():
+            model(torch.randn(2, 3))
+        with torch.inference_mode():
+            model(torch.randn(2, 3))
+        assert estimator.collect() == {}
+
+    def test_evaluation_mode(self, model: nn.Sequential) -> None:
+        estimator = InputCovariance(model)
+        model.eval()
+        model(torch.randn(2, 3))
+        assert estimator.collect() == {}
+
+    def test_forwards_while_not_recording(self, model: nn.Sequential) -> None:
+        estimator = InputCovariance(model)
+        estimator.recording = []
+        model(torch.randn(2, 3))
+        assert estimator.collect() == {}
+
+    def test_recomputation_by_checkpointing(self, model: nn.Sequential) -> None:
+        x = torch.randn(4, 3)
+        estimator = InputCovariance(model)
+        calls = []
+        model[0].register_forward_pre_hook(lambda *_: calls.append(1))
+        checkpoint(model, x, use_reentrant=False).sum().backward()
+        assert len(calls) == 2, "the checkpoint must have run the layer twice"
+        with_ones = torch.cat([x, torch.ones(4, 1)], dim=1)
+        counted = estimator._watched["0"].sums.count
+        assert counted == 4
+        torch.testing.assert_close(estimator.collect()[estimator.blocks[0]], with_ones.T @ with_ones / 4)
+
+    def test_after_detach(self, model: nn.Sequential) -> None:
+        estimator = InputCovariance(model)
+        estimator.detach()
+        model(torch.randn(2, 3))
+        assert estimator.collect() == {}
+
+
+def test_what_cannot_be_measured_is_named_once() -> None:
+    tied = nn.Linear(4, 4)
+    model = nn.ModuleDict(
+        {
+            "norm": nn.GroupNorm(1, 4),
+            "grouped": nn.Conv2d(4, 4, 3, groups=2),
+            "wide": nn.Linear(20, 2),
+            "good": nn.Linear(4, 2),
+            "tied": tied,
+            "twin": nn.Linear(4, 4),
+        }
+    )
+    model["twin"].weight = tied.weight
+    with pytest.warns(UserWarning, match="no curvature for") as caught:
+        estimator = InputCovariance(model, max_side=15)
+    assert len(caught) == 1
+    for name in ("norm (GroupNorm)", "grouped (grouped", "wide (21 inputs", "tied (shared", "twin (shared"):
+        assert name in str(caught[0].message)
+    assert [block.name for block in estimator.blocks] == ["good"]
+
+
+def test_frozen_parameters_belong_to_no_block() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    estimator = InputCovariance(model)
+    assert [block.parameters for block in estimator.blocks] == [("1.weight",), ("2.weight", "2.bias")]
+    model(torch.randn(2, 3))
+    assert [len(moment) for moment in estimator.collect().values()] == [3, 4]
+
+
+def test_factors_stay_float32_under_autocast() -> None:
+    layer = nn.Linear(4, 2)
+    estimator = InputCovariance(layer)
+    x = torch.randn(8, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x)
+    (moment,) = estimator.collect().values()
+    with_ones = torch.cat([x, torch.ones(8, 1)], dim=1)
+    assert moment.dtype == torch.float32
+    torch.testing.assert_close(moment, with_ones.T @ with_ones / 8)

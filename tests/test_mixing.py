@@ -1,0 +1,220 @@
+"""The invariants I2 to I6 of preconditioned mixing, for every curvature, every codec, whole and streaming.
+
+With η_s = 1, the mixed model is
+    I2  the weighted average, if all Pᵢ are equal
+    I3  the client's model, if there is one client
+    I4  θ' , if all θᵢ = θ', whatever the Pᵢ and however they were compressed
+    I5  unchanged, if clients are reordered or all Pᵢ scaled by one constant
+    I6  the minimiser of Σ wᵢ ‖ϑ − θᵢ‖²_Pᵢ, always
+(I1, the Newton step, is in test_least_squares.py.)
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedpm_flwr.curvature import (
+    KINDS,
+    Block,
+    Curvature,
+    CurvatureError,
+    Identity,
+    KroneckerRight,
+    LayerCurvature,
+    to_matrix,
+)
+from fedpm_flwr.mixing import LayerMixer, ModelMixer, mix
+from fedpm_flwr.wire import CODECS, decode, encode
+
+from .helpers import COLUMNS, ROWS, random_curvature, relative_error
+
+EPSILON = torch.finfo(torch.float64).eps
+BLOCK = Block("layer", ("layer.weight", "layer.bias"))
+ANY_NUMBER = st.integers(1, 6)
+SHAPES = {"layer.weight": (ROWS, COLUMNS - 1), "layer.bias": (ROWS,)}
+
+
+@dataclass
+class Clients:
+    theta: Tensor
+    models: list[Tensor]
+    curvatures: list[Curvature]
+    weights: list[float]
+    tolerance: float
+
+    def mixed(self) -> Tensor:
+        """θ⁺, by the equation as written; the streaming form must agree with it."""
+        whole = mix(self.theta, self.models, self.curvatures, self.weights)
+        mixer = LayerMixer()
+        for model, curvature, weight in zip(self.models, self.curvatures, self.weights, strict=True):
+            mixer.add(model - self.theta, curvature, weight)
+        assert relative_error(self.theta + mixer.step(), whole) < self.tolerance
+        return whole
+
+
+def through_codec(curvature: Curvature, codec: str | None) -> Curvature:
+    """What the server gets; the identity does not travel."""
+    if codec is None or isinstance(curvature, Identity):
+        return curvature
+    (received,) = decode(encode([LayerCurvature(BLOCK, curvature, 0.0)], codec), SHAPES)
+    return received.curvature.to(torch.float64)
+
+
+@st.composite
+def clients(draw: st.DrawFn, count: st.SearchStrategy[int] = ANY_NUMBER) -> Clients:
+    """Random clients of one layer, with curvatures of one kind sent by one codec, up to condition 1e6."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    number = draw(count)
+    kind = draw(st.sampled_from(sorted(KINDS)))
+    codec = draw(st.sampled_from([None, *CODECS]))
+    # Condition numbers that a float32 triangle leaves positive definite.
+    condition = 10.0 ** draw(st.integers(0, 6 if codec != "triangle-float32" else 4))
+    damping = draw(st.sampled_from([0.0, 1e-3, 1.0]))
+
+    def normal() -> Tensor:
+        return torch.randn(ROWS, COLUMNS, dtype=torch.float64, generator=generator)
+
+    return Clients(
+        theta=normal(),
+        models=[normal() for _ in range(number)],
+        curvatures=[
+            through_codec(random_curvature(kind, generator, condition), codec).damped(damping)
+            for _ in range(number)
+        ],
+        weights=[float(w) for w in torch.randint(1, 1000, (number,), generator=generator)],
+        tolerance=max(1e-10, 100 * EPSILON * condition),
+    )
+
+
+@given(clients())
+def test_i2_equal_curvatures_give_the_weighted_average(given: Clients) -> None:
+    given.curvatures = [given.curvatures[0]] * len(given.models)
+    total = sum(given.weights)
+    average = sum(
+        (w / total * model for w, model in zip(given.weights, given.models, strict=True)),
+        torch.zeros_like(given.theta),
+    )
+    assert relative_error(given.mixed(), average) < given.tolerance
+
+
+@given(clients(st.just(1)))
+def test_i3_one_client_gives_its_model(given: Clients) -> None:
+    assert relative_error(given.mixed(), given.models[0]) < given.tolerance
+
+
+@given(clients())
+def test_i4_equal_models_give_that_model(given: Clients) -> None:
+    given.models = [given.models[0]] * len(given.models)
+    assert relative_error(given.mixed(), given.models[0]) < given.tolerance
+
+
+@given(clients(), st.randoms(use_true_random=False), st.floats(1e-3, 1e3))
+def test_i5_order_and_scale_do_not_matter(given: Clients, order: object, scale: float) -> None:
+    before = given.mixed()
+    places = list(range(len(given.models)))
+    order.shuffle(places)  # type: ignore[attr-defined]
+    given.models = [given.models[i] for i in places]
+    given.weights = [given.weights[i] for i in places]
+    given.curvatures = [given.curvatures[i].scaled(scale) for i in places]
+    assert relative_error(given.mixed(), before) < given.tolerance
+
+
+@given(clients())
+def test_i6_the_gradient_of_the_objective_vanishes(given: Clients) -> None:
+    mixed = given.mixed()
+    terms = [
+        w * P.matmul(mixed - model)
+        for w, P, model in zip(given.weights, given.curvatures, given.models, strict=True)
+    ]
+    # Rounding errors are relative to what is subtracted, not to the difference, which may be 0.
+    sizes = (
+        w * (P.matmul(mixed).norm() + P.matmul(model).norm())
+        for w, P, model in zip(given.weights, given.curvatures, given.models, strict=True)
+    )
+    size = sum(float(s) for s in sizes)
+    assert float(sum(terms, torch.zeros_like(mixed)).norm()) <= given.tolerance * size
+
+
+@given(clients(), st.floats(0.1, 2.0))
+def test_the_server_learning_rate_scales_the_step(given: Clients, rate: float) -> None:
+    whole = given.mixed() - given.theta
+    part = mix(given.theta, given.models, given.curvatures, given.weights, rate) - given.theta
+    assert relative_error(part, rate * whole) < given.tolerance
+
+
+def model_of(matrix: Tensor) -> dict[str, Tensor]:
+    return {
+        "layer.weight": matrix[:, :-1],
+        "layer.bias": matrix[:, -1],
+        "norm": matrix[0],
+        "count": torch.tensor(7),
+    }
+
+
+@given(clients())
+@settings(max_examples=50)
+def test_a_whole_model_mixes_its_layers_and_averages_the_rest(given: Clients) -> None:
+    mixer = ModelMixer(model_of(given.theta))
+    for model, curvature, weight in zip(given.models, given.curvatures, given.weights, strict=True):
+        mixer.add(model_of(model), [LayerCurvature(BLOCK, curvature, 0.0)], weight)
+    result = mixer.result()
+    layer = to_matrix([result["layer.weight"], result["layer.bias"]])
+    assert relative_error(layer, given.mixed()) < given.tolerance
+    weights = torch.tensor(given.weights, dtype=torch.float64) / sum(given.weights)
+    norm = torch.stack([model[0] for model in given.models])
+    assert relative_error(result["norm"], weights @ norm) < given.tolerance
+    assert torch.equal(result["count"], torch.tensor(7))
+
+
+@given(clients(st.integers(2, 6)), st.integers(1, 5))
+def test_a_client_without_curvature_counts_with_the_mean_of_the_others(given: Clients, curved: int) -> None:
+    curved = min(curved, len(given.models) - 1)
+    mixer = ModelMixer(model_of(given.theta))
+    for i, (model, weight) in enumerate(zip(given.models, given.weights, strict=True)):
+        layers = [LayerCurvature(BLOCK, given.curvatures[i], 0.0)] if i < curved else []
+        mixer.add(model_of(model), layers, weight)
+    result = mixer.result()
+    total = sum(given.weights[:curved])
+    mean = given.curvatures[0].scaled(given.weights[0] / total)
+    for i in range(1, curved):
+        mean = mean.plus(given.curvatures[i].scaled(given.weights[i] / total))
+    given.curvatures = given.curvatures[:curved] + [mean] * (len(given.models) - curved)
+    found = to_matrix([result["layer.weight"], result["layer.bias"]])
+    assert relative_error(found, given.mixed()) < given.tolerance
+
+
+def test_names_shapes_and_dtypes_stay_and_inputs_are_not_changed() -> None:
+    theta = {"w": torch.ones(2, 2), "half": torch.ones(3, dtype=torch.float16), "n": torch.tensor([3])}
+    client = {"w": torch.zeros(2, 2), "half": torch.zeros(3, dtype=torch.float16), "n": torch.tensor([4])}
+    mixer = ModelMixer(theta)
+    mixer.add(client, [LayerCurvature(Block("l", ("w",)), KroneckerRight(torch.eye(2)), 1.0)], 1.0)
+    mixer.add(theta, [], 2.0)
+    result = mixer.result()
+    assert {key: (value.shape, value.dtype) for key, value in result.items()} == {
+        key: (value.shape, value.dtype) for key, value in theta.items()
+    }
+    assert torch.allclose(result["w"], torch.full((2, 2), 2 / 3))
+    assert result["n"].item() == 3  # 3 + 1/3, rounded
+    assert torch.equal(theta["w"], torch.ones(2, 2))
+    assert torch.equal(client["w"], torch.zeros(2, 2))
+
+
+def test_the_damping_of_each_client_is_part_of_its_curvature() -> None:
+    theta, moved = {"w": torch.zeros(1, 1)}, {"w": torch.ones(1, 1)}
+    block = Block("l", ("w",))
+    mixer = ModelMixer(theta)
+    mixer.add(moved, [LayerCurvature(block, KroneckerRight(torch.ones(1, 1)), 2.0)], 1.0)  # P = 3
+    mixer.add(theta, [LayerCurvature(block, KroneckerRight(torch.ones(1, 1)), 0.0)], 1.0)  # P = 1
+    assert mixer.result()["w"].item() == pytest.approx(3 / 4)
+
+
+def test_a_singular_sum_names_the_layer() -> None:
+    mixer = ModelMixer({"w": torch.zeros(1, 2)})
+    layer = LayerCurvature(Block("deep", ("w",)), KroneckerRight(torch.zeros(2, 2)), 0.0)
+    mixer.add({"w": torch.ones(1, 2)}, [layer], 1.0)
+    with pytest.raises(CurvatureError, match="layer 'deep'"):
+        mixer.result()

@@ -1,0 +1,152 @@
+"""The wire format: golden bytes both ways, round trips, and bytes that lie."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from fedpm_flwr.curvature import Block, Curvature, Dense, Identity, KroneckerRight, LayerCurvature
+from fedpm_flwr.wire import CODECS, FORMAT_VERSION, PayloadError, decode, encode
+
+GOLDEN = Path(__file__).parent / "golden"
+SHAPES = {"conv.weight": (2, 1, 1, 2), "conv.bias": (2,), "head.weight": (1, 2)}
+
+
+def golden_layers() -> list[LayerCurvature]:
+    """Numbers that float32 holds exactly, so that both codecs bring them back."""
+    factor = torch.tensor([[2.0, 0.5, -1.0], [0.5, 4.0, 0.25], [-1.0, 0.25, 1.0]], dtype=torch.float64)
+    hessian = torch.tensor([[3.0, -0.125], [-0.125, 5.0]], dtype=torch.float64)
+    return [
+        LayerCurvature(Block("conv", ("conv.weight", "conv.bias")), KroneckerRight(factor), 0.1),
+        LayerCurvature(Block("head", ("head.weight",)), Dense(hessian), 1e-12),
+    ]
+
+
+def matrix(curvature: Curvature) -> torch.Tensor:
+    assert isinstance(curvature, Dense | KroneckerRight)
+    return curvature.matrix if isinstance(curvature, Dense) else curvature.factor
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_golden_payload(codec: str) -> None:
+    stored = (GOLDEN / f"{codec}.safetensors").read_bytes()
+    assert encode(golden_layers(), codec) == stored
+    for found, expected in zip(decode(stored, SHAPES), golden_layers(), strict=True):
+        assert (found.block, found.damping) == (expected.block, expected.damping)
+        assert type(found.curvature) is type(expected.curvature)
+        assert torch.equal(matrix(found.curvature).double(), matrix(expected.curvature))
+
+
+@pytest.mark.parametrize(
+    ("codec", "dtype"), [("triangle-float32", torch.float32), ("triangle-float64", torch.float64)]
+)
+@given(side=st.integers(1, 40), seed=st.integers(0, 1000), damping=st.floats(0, 1e6))
+@settings(max_examples=25)
+def test_round_trip(codec: str, dtype: torch.dtype, side: int, seed: int, damping: float) -> None:
+    x = torch.randn(2 * side, side, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    block = Block("l", ("w",))
+    data = encode([LayerCurvature(block, KroneckerRight(x.T @ x), damping)], codec)
+    (found,) = decode(data, {"w": (3, side)})
+    assert torch.equal(matrix(found.curvature), torch.tril(x.T @ x) + torch.tril(x.T @ x, -1).T)
+    assert found.damping == damping
+    assert found.block == block
+
+
+def test_nothing_to_send_is_a_payload_too() -> None:
+    assert decode(encode([], "triangle-float32"), SHAPES) == []
+
+
+def test_the_identity_does_not_travel() -> None:
+    with pytest.raises(ValueError, match="layer 'l': curvature of kind 'identity' does not travel"):
+        encode([LayerCurvature(Block("l", ("w",)), Identity(), 0.0)], "triangle-float32")
+
+
+def test_an_unknown_codec_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown codec 'zip'; allowed: triangle-float32, triangle-float64"):
+        encode(golden_layers(), "zip")
+
+
+def payload(version: object = FORMAT_VERSION, tensor: torch.Tensor | None = None, **changes: object) -> bytes:
+    """A payload of one layer with some of its entry changed."""
+    entry = {
+        "name": "head",
+        "parameters": ["head.weight"],
+        "kind": "kronecker-right",
+        "codec": "triangle-float32",
+        "side": 2,
+        "damping": 1.0,
+    } | changes
+    document = json.dumps({"version": version, "layers": [entry]})
+    return save({"0.triangle": torch.ones(3) if tensor is None else tensor}, {"fedpm": document})
+
+
+def test_the_payload_that_the_lies_are_made_of_is_read() -> None:
+    assert len(decode(payload(), SHAPES)) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "header of 0 bytes|metadata"),
+        (b"\xff" * 8, "header"),
+        (b"\xff" * 100, "header"),
+        (payload()[:-1], "not a safetensors document"),
+        (payload() + b"\0", "not a safetensors document"),
+        (save({"x": torch.ones(1)}), "metadata"),
+        (save({"x": torch.ones(1)}, {"fedpm": "[]"}), "metadata"),
+        (save({"x": torch.ones(1)}, {"fedpm": '{"version": 1, "layers": 3}'}), "no list of layers"),
+        (save({"x": torch.ones(1)}, {"fedpm": '{"version": 1, "layers": []}'}), "tensors of no layer: x"),
+        (payload(version=2), "format version 2; this library reads 1"),
+        (payload(version=None), "format version None"),
+        (payload(name=3), "a layer's entry must have"),
+        (payload(side=True), "a layer's entry must have"),
+        (payload(kind="nonsense"), "layer 'head': unknown kind 'nonsense'; allowed: kronecker-right, dense"),
+        (payload(codec="zip"), "layer 'head': unknown codec 'zip'; allowed: triangle-float32"),
+        (payload(damping=-1.0), "layer 'head': damping -1.0"),
+        (payload(damping=float("nan")), "layer 'head': damping nan"),
+        (payload(damping=float("inf")), "layer 'head': damping inf"),
+        (payload(damping=10**400), "layer 'head': damping inf"),
+        (payload(parameters=[]), "layer 'head': no parameters"),
+        (payload(parameters=["no.weight"]), "layer 'head': unknown parameter 'no.weight'"),
+        (payload(parameters=[["head.weight"]]), "layer 'head': unknown parameter"),
+        (payload(parameters=["head.weight"] * 2), "parameter 'head.weight' has a curvature already"),
+        (payload(parameters=["head.weight", "conv.bias"]), "different first dimensions"),
+        (payload(side=1 << 40), "layer 'head': side 1099511627776, but its parameters need 2"),
+        (payload(side=-2), "layer 'head': side -2"),
+        (payload(parameters=["conv.weight", "conv.bias"], kind="dense"), "its parameters need 6"),
+        (payload(tensor=torch.ones(4)), "layer 'head': 'triangle' is"),
+        (payload(tensor=torch.ones(3, 1)), "layer 'head': 'triangle' is"),
+        (payload(tensor=torch.ones(3, dtype=torch.float64)), "layer 'head': 'triangle' is torch.float64"),
+        (payload(tensor=torch.tensor([1.0, torch.nan, 1.0])), "layer 'head': the curvature is not finite"),
+        (payload(tensor=torch.tensor([1.0, 0.0, -1.0])), "layer 'head': the curvature has a negative number"),
+    ],
+)
+def test_bytes_that_lie_raise_the_one_error(data: bytes, message: str) -> None:
+    with pytest.raises(PayloadError, match=message):
+        decode(data, SHAPES)
+
+
+def test_a_payload_over_the_limit_is_refused_unread() -> None:
+    with pytest.raises(PayloadError, match="more than the 10 allowed"):
+        decode(payload(), SHAPES, max_bytes=10)
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_damaged_bytes_raise_the_one_error_or_are_valid(data: st.DataObject) -> None:
+    codec = data.draw(st.sampled_from(sorted(CODECS)))
+    damaged = bytearray(encode(golden_layers(), codec))
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(damaged)))
+    try:
+        layers = decode(bytes(damaged[:cut] if data.draw(st.booleans()) else damaged), SHAPES)
+    except PayloadError:
+        return
+    for layer in layers:
+        assert torch.isfinite(matrix(layer.curvature)).all()
+        assert set(layer.block.parameters) <= set(SHAPES)
