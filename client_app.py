@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 from fedpm_flwr import messages
 from fedpm_flwr.algorithms import get_algorithm
 from fedpm_flwr.config import Config
-from fedpm_flwr.tasks import build_model, load_dataset, partition_indices
+from fedpm_flwr.tasks import build_model, client_data, load_dataset
 from fedpm_flwr.training import derive_seed, evaluate, fit, loader, pick_device, reproducible
 
 app = ClientApp()
@@ -56,17 +56,8 @@ def _round(message: Message) -> int:
 
 
 def _local_data(config: Config, context: Context) -> Subset[tuple[torch.Tensor, ...]]:
-    split = load_dataset(config.dataset)
     partition_id, num_partitions = messages.partition_of(context)
-    indices = partition_indices(
-        split.train_labels,
-        partition_id,
-        num_partitions,
-        partition=config.partition,
-        alpha=config.alpha,
-        seed=config.seed,
-    )
-    return Subset(split.train, indices)
+    return client_data(config.dataset, partition_id, num_partitions, config.partition, config.alpha, config.seed)
 
 
 def _global_model(config: Config, message: Message) -> tuple[nn.Module, torch.device]:

@@ -95,12 +95,13 @@ class InlineGrid(Grid):
         node = request.metadata.dst_node_id
         context = context_from_proto(ProtoContext.FromString(self._contexts[node]))
         try:
-            reply = self._client_app(request, context)
+            reply = message_to_proto(self._client_app(request, context))
         except Exception as error:  # whatever a ClientApp raises is the client's failure, not the run's
             reason = f"{type(error).__name__}: {error}"
-            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=request)
+            failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
+            reply = message_to_proto(Message(failure, reply_to=request))
         self._contexts[node] = context_to_proto(context).SerializeToString()
-        self._replies[key] = message_to_proto(reply).SerializeToString()
+        self._replies[key] = reply.SerializeToString()
         return key
 
 

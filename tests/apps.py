@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result, Strategy
@@ -51,6 +50,7 @@ def federate(
     rounds: int = 1,
     wrap: Callable[[Grid], Grid] = lambda grid: grid,
     seed: int | None = None,
+    train_config: ConfigRecord | None = None,
 ) -> Result:
     """Run the strategy's own ``start`` over inline clients and return its result."""
     results: list[Result] = []
@@ -59,7 +59,12 @@ def federate(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         results.append(
-            strategy.start(wrap(grid), initial_arrays=ArrayRecord(model.state_dict()), num_rounds=rounds)
+            strategy.start(
+                wrap(grid),
+                initial_arrays=ArrayRecord(model.state_dict()),
+                num_rounds=rounds,
+                train_config=train_config,
+            )
         )
 
     run_inline(app, client_app, num_supernodes, seed=seed)

@@ -12,7 +12,8 @@ def spd(side: int, generator: torch.Generator, condition: float = 1e2) -> Tensor
     """A random symmetric positive definite float64 matrix with this condition number, norm about 1."""
     basis, _ = torch.linalg.qr(torch.randn(side, side, dtype=torch.float64, generator=generator))
     eigenvalues = condition ** -torch.linspace(0, 1, side, dtype=torch.float64)
-    return (basis * eigenvalues) @ basis.T
+    matrix: Tensor = (basis * eigenvalues) @ basis.T
+    return matrix
 
 
 def identity(generator: torch.Generator, condition: float) -> Identity:

@@ -91,7 +91,8 @@ def patches_by_convolution(layer: nn.Conv2d, images: Tensor) -> Tensor:
         padding_mode=layer.padding_mode,
     ).double()
     probe.weight.data = torch.eye(size, dtype=torch.float64).reshape(size, *layer.weight.shape[1:])
-    return probe(images).detach().movedim(1, -1).reshape(-1, size)
+    patches: Tensor = probe(images).detach().movedim(1, -1).reshape(-1, size)
+    return patches
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])

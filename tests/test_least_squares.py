@@ -42,7 +42,8 @@ def pooled_solution() -> Tensor:
     x = torch.cat([client_data(i)[0] for i in range(len(SIZES))])
     y = torch.cat([client_data(i)[1] for i in range(len(SIZES))])
     with_ones = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
-    return torch.linalg.lstsq(with_ones, y).solution.T
+    solution: Tensor = torch.linalg.lstsq(with_ones, y).solution
+    return solution.T
 
 
 def test_one_round_lands_on_the_pooled_solution() -> None:

@@ -195,9 +195,7 @@ def test_the_request_is_not_changed_under_the_caller() -> None:
         assert message.content.config_records[messages.CONFIG]["mine"] == 1
         return good(message, context)
 
-    original = strategy.start
-    strategy.start = lambda *a, **k: original(*a, **k, train_config=config)  # type: ignore[method-assign]
-    federate(app, strategy, make_model(), 2)
+    federate(app, strategy, make_model(), 2, train_config=config)
     assert asked == ["triangle-float32"] * 2
     assert dict(config) == {"mine": 1}
 

@@ -47,7 +47,7 @@ class FOOF(torch.optim.Optimizer):
         model: nn.Module,
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]] | None = None,
         *,
-        lr: float = 0.3,
+        lr: float = 0.1,
         damping: float = 1.0,
         ema: float = 0.95,
         refresh_interval: int = 5,

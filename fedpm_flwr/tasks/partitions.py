@@ -1,8 +1,14 @@
 """Which examples belong to which client, by flwr-datasets' partitioners."""
 
+from functools import lru_cache
+
 import datasets
 import numpy as np
+import torch
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
+from torch.utils.data import Subset
+
+from .datasets import load_dataset
 
 _MIN_EXAMPLES = 10
 
@@ -37,3 +43,19 @@ def partition_indices(
         )
     partitioner.dataset = datasets.Dataset.from_dict({"label": labels[order], "index": order})
     return list(partitioner.load_partition(partition_id)["index"])
+
+
+@lru_cache(maxsize=1024)
+def client_data(
+    dataset: str, partition_id: int, num_partitions: int, partition: str, alpha: float, seed: int
+) -> Subset[tuple[torch.Tensor, ...]]:
+    """A client's training examples, worked out once per process.
+
+    Raises:
+        ValueError: as ``partition_indices``.
+    """
+    split = load_dataset(dataset)
+    indices = partition_indices(
+        split.train_labels, partition_id, num_partitions, partition=partition, alpha=alpha, seed=seed
+    )
+    return Subset(split.train, indices)

@@ -1,0 +1,59 @@
+"""What a run leaves behind."""
+
+import csv
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedpm_flwr.config import Config
+from fedpm_flwr.report import RunReport, seconds_left
+
+
+def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Config(output=str(tmp_path / "deep" / "run"), num_server_rounds=2)
+    report = RunReport(config)
+    for server_round, accuracy in enumerate((0.1, 0.9, 0.8)):
+        tested = {"test-accuracy": accuracy, "test-loss": 1.0, "uplink-bytes": 2_000_000 * bool(server_round)}
+        report.add_round(server_round, tested | ({"train-loss": 0.5} if server_round else {}))
+    state = {"w": torch.arange(6.0).reshape(2, 3).T}
+    report.finish(state)
+
+    folder = report.folder
+    rows = json.loads((folder / "metrics.json").read_text())
+    assert [row["round"] for row in rows] == [0, 1, 2]
+    with (folder / "metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["test-accuracy"]) for row in table] == [0.1, 0.9, 0.8]
+    assert [row["train-loss"] for row in table] == ["", "0.5", "0.5"]
+    assert Config.from_run_config(tomllib.loads((folder / "config.toml").read_text())) == config
+    assert torch.equal(load_file(folder / "model.safetensors")["w"], state["w"])
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("fedpm | ") for line in lines)
+    assert "round 1/2  accuracy 0.9000  loss 1.0000  uplink 2.00 MB" in lines[2]
+    assert "test accuracy 0.8000 (best 0.9000 in round 1), uplink 4.0 MB" in lines[4]
+
+
+def test_rounds_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
+    report = RunReport(Config(output=str(tmp_path)))
+    report.add_round(0, {"test-accuracy": 0.5, "test-loss": 1.0, "uplink-bytes": 0})
+    assert len(json.loads((tmp_path / "metrics.json").read_text())) == 1
+
+
+def test_the_default_folder_is_named_after_time_and_algorithm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = RunReport(Config(algorithm="fedavg"))
+    assert report.folder.parent == tmp_path / "runs"
+    assert report.folder.name.endswith("-fedavg")
+
+
+def test_time_left_is_told_once_rounds_without_starting_up_are_there() -> None:
+    rows: list[dict[str, int | float]] = [{"round": i, "seconds": s} for i, s in enumerate((9.0, 30.0, 2.0, 4.0))]
+    assert seconds_left(rows[:2], 10) is None
+    assert seconds_left(rows, 10) == pytest.approx(7 * 3.0)

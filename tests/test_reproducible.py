@@ -1,0 +1,77 @@
+"""Same seed, same result: whatever the node IDs, whatever order replies arrive in."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Strategy
+from torch import Tensor, nn
+
+from fedpm_flwr import messages
+from fedpm_flwr.reproducible import PartitionOrderedGrid
+from fedpm_flwr.strategy import FedPM
+
+from .apps import federate, regression_client
+
+
+def make_model() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
+
+
+def data(partition: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(partition)
+    return torch.randn(7 + partition, 3, generator=generator), torch.randn(7 + partition, 2, generator=generator)
+
+
+def run(
+    make_strategy: Callable[[], Strategy], node_seed: int, seed: int, answers: bool = True
+) -> tuple[dict[str, Tensor], list[int]]:
+    """The final model, and the partitions that trained, in order."""
+    app, trained = ClientApp(), list[int]()
+    inner = regression_client(data, make_model, lr=0.5, damping=0.1)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        trained.append(messages.partition_of(context)[0])
+        return inner(message, context)
+
+    if answers:
+
+        @app.query(messages.PARTITION_ACTION)
+        def partition(message: Message, context: Context) -> Message:
+            return messages.partition_reply(message, context)
+
+    def wrap(grid: Grid) -> Grid:
+        return PartitionOrderedGrid(grid, seed)
+
+    result = federate(app, make_strategy(), make_model(), 9, rounds=4, wrap=wrap, seed=node_seed)
+    return dict(result.arrays.to_torch_state_dict()), trained
+
+
+@pytest.mark.parametrize("strategy", [FedPM, FedAvg])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_bit_for_bit(strategy: type[FedAvg], fraction: float) -> None:
+    first, trained = run(lambda: strategy(fraction_train=fraction), node_seed=1, seed=5)
+    for node_seed in (2, 3):
+        again, trained_again = run(lambda: strategy(fraction_train=fraction), node_seed, seed=5)
+        assert trained_again == trained
+        for key, value in first.items():
+            assert torch.equal(again[key], value)
+
+
+def test_sampling_changes_with_the_seed_and_from_round_to_round() -> None:
+    _, trained = run(lambda: FedPM(fraction_train=0.5), node_seed=1, seed=5)
+    _, other = run(lambda: FedPM(fraction_train=0.5), node_seed=1, seed=6)
+    assert trained != other
+    rounds = {frozenset(trained[i : i + 4]) for i in range(0, 16, 4)}
+    assert len(rounds) > 1
+
+
+def test_clients_that_do_not_say_their_partition_still_train() -> None:
+    state, trained = run(FedPM, node_seed=1, seed=5, answers=False)
+    assert sorted(trained) == sorted(list(range(9)) * 4)
+    assert set(state) == {"weight", "bias"}

@@ -1,0 +1,69 @@
+"""Data sets, partitions and models of the application."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedpm_flwr.config import MODELS
+from fedpm_flwr.tasks import build_model, load_dataset, partition_indices
+
+
+def test_digits() -> None:
+    split = load_dataset("digits")
+    assert len(split.train) + len(split.test) == 1797
+    assert split.input_shape == (1, 8, 8)
+    images, labels = split.train.tensors
+    assert images.dtype == torch.float32
+    assert (float(images.min()), float(images.max())) == (0.0, 1.0)
+    assert set(labels.tolist()) == set(split.test.tensors[1].tolist()) == set(range(split.classes))
+    assert load_dataset("digits") is split
+
+
+@pytest.mark.parametrize("partition", ["dirichlet", "iid"])
+@pytest.mark.parametrize("clients", [1, 3, 10])
+def test_partitions_hold_every_example_once(partition: str, clients: int) -> None:
+    labels = load_dataset("digits").train_labels
+    parts = [partition_indices(labels, i, clients, partition=partition, alpha=0.1, seed=3) for i in range(clients)]
+    assert sorted(index for part in parts for index in part) == list(range(len(labels)))
+    assert parts[0] == partition_indices(labels, 0, clients, partition=partition, alpha=0.1, seed=3)
+
+
+def skew(partition: str, alpha: float) -> float:
+    """The mean over clients of the largest label's share of the client's examples."""
+    labels = load_dataset("digits").train_labels
+    parts = [labels[partition_indices(labels, i, 10, partition=partition, alpha=alpha)] for i in range(10)]
+    return float(np.mean([np.bincount(part).max() / len(part) for part in parts]))
+
+
+def test_a_small_alpha_skews_labels() -> None:
+    assert skew("dirichlet", 0.1) > 0.4 > 0.25 > skew("dirichlet", 100.0)
+    assert skew("iid", 0.1) < 0.25
+
+
+def test_the_seed_changes_the_partition() -> None:
+    labels = load_dataset("digits").train_labels
+    assert partition_indices(labels, 0, 5, seed=0) != partition_indices(labels, 0, 5, seed=1)
+
+
+def test_impossible_partitions_are_errors() -> None:
+    labels = np.zeros(6, dtype=np.int64)
+    with pytest.raises(ValueError, match="partition-id=3 is not one of 3 partitions"):
+        partition_indices(labels, 3, 3)
+    with pytest.raises(ValueError, match="6 examples are too few for 4 clients"):
+        partition_indices(labels, 0, 4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_functions_of_their_seed_and_leave_the_generator_alone(name: str) -> None:
+    state = torch.get_rng_state()
+    first, again, other = (build_model(name, (1, 8, 8), 10, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    for p, q in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+
+
+def test_a_model_that_cannot_take_the_inputs_says_so() -> None:
+    with pytest.raises(ValueError, match="model='cnn' takes images"):
+        build_model("cnn", (30,), 2, 0)

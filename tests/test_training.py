@@ -1,0 +1,96 @@
+"""Local training and evaluation."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+
+from fedpm_flwr.training import derive_seed, evaluate, fit, loader, pick_device, reproducible
+
+
+@pytest.fixture
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(10, 3, generator=generator), torch.randint(0, 2, (10,), generator=generator))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [({}, 3), ({"epochs": 2}, 6), ({"steps": 1}, 1), ({"steps": 7}, 7), ({"steps": 2, "epochs": 9}, 2)],
+)
+def test_steps_and_epochs(data: TensorDataset, arguments: dict[str, int], steps: int) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    result = fit(model, loader(data, 4), optimizer, cross_entropy, **arguments)
+    assert result.steps == steps
+
+
+def test_fit_reports_the_mean_loss_per_example_and_moves_as_the_optimizer_does(data: TensorDataset) -> None:
+    torch.manual_seed(0)
+    model, twin = nn.Linear(3, 2), nn.Linear(3, 2)
+    twin.load_state_dict(model.state_dict())
+    expected = float(cross_entropy(twin(data.tensors[0]), data.tensors[1]))
+    frozen = fit(model, loader(data, 4), torch.optim.SGD(model.parameters(), lr=0.0), cross_entropy)
+    assert frozen.loss == pytest.approx(expected, rel=1e-5)
+    fit(model, loader(data, 0), torch.optim.SGD(model.parameters(), lr=0.5), cross_entropy)
+    cross_entropy(twin(data.tensors[0]), data.tensors[1]).backward()  # type: ignore[no-untyped-call]
+    assert twin.weight.grad is not None
+    torch.testing.assert_close(model.weight, twin.weight - 0.5 * twin.weight.grad)
+
+
+def test_fit_trains_and_evaluate_does_not(data: TensorDataset) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5))
+    evaluate(model, loader(data, 4), cross_entropy)
+    assert not model.training
+    fit(model, loader(data, 4), torch.optim.SGD(model.parameters(), lr=0.1), cross_entropy)
+    assert model.training
+
+
+def test_evaluate_gives_mean_loss_and_accuracy() -> None:
+    outputs = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
+    targets = torch.tensor([0, 1, 1])
+    batches = loader(TensorDataset(outputs, targets), 2)
+    loss, accuracy = evaluate(nn.Identity(), batches, cross_entropy)
+    assert accuracy == pytest.approx(2 / 3)
+    assert loss == pytest.approx(float(cross_entropy(outputs, targets)))
+
+
+def test_no_data_is_no_step() -> None:
+    model = nn.Linear(3, 2)
+    result = fit(model, [], torch.optim.SGD(model.parameters(), lr=0.1), cross_entropy, steps=5)
+    assert (result.loss, result.steps) == (0.0, 0)
+
+
+def test_the_order_of_examples_is_a_function_of_the_seed(data: TensorDataset) -> None:
+    def order(seed: int | None) -> list[float]:
+        return [float(x[0]) for batch, _ in loader(data, 3, seed) for x in batch]
+
+    assert order(1) == order(1) != order(2)
+    assert order(None) == [float(x[0]) for x in data.tensors[0]]
+
+
+def test_reproducible_seeds_and_puts_back() -> None:
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    drawn = []
+    for _ in range(2):
+        with reproducible(3, threads + 1):
+            assert torch.get_num_threads() == threads + 1
+            drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+def test_derived_seeds_differ() -> None:
+    seeds = {derive_seed(a, b, c) for a in range(4) for b in range(4) for c in range(4)}
+    assert len(seeds) == 64
+    assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)
+
+
+def test_devices() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("toaster", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device='{name}' is not usable here"):
+            pick_device(name)
