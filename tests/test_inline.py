@@ -36,7 +36,7 @@ def test_every_node_gets_its_own_copy_and_keeps_its_state() -> None:
         message.content.config_records["c"]["x"] = 2  # must not reach the other node
         seen = context.state.config_records.get("seen", ConfigRecord({"n": 0}))
         context.state["seen"] = ConfigRecord({"n": int(seen["n"]) + 1})  # type: ignore[arg-type]
-        content = ConfigRecord({"p": context.node_config["partition-id"], "n": context.state["seen"]["n"]})  # type: ignore[dict-item,index]
+        content = ConfigRecord({"p": context.node_config["partition-id"], "n": context.state["seen"]["n"]})  # type: ignore[dict-item]
         return Message(RecordDict({"r": content}), reply_to=message)
 
     replies = exchange(app, nodes=3, times=2)
