@@ -12,7 +12,6 @@ from fedpm_flwr import messages
 from fedpm_flwr.config import ALGORITHMS, Config
 from fedpm_flwr.inline import run_inline
 
-
 Settings = Mapping[str, object]
 
 

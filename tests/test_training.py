@@ -22,7 +22,7 @@ def data() -> TensorDataset:
 def test_steps_and_epochs(data: TensorDataset, arguments: dict[str, int], steps: int) -> None:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    result = fit(model, loader(data, 4), optimizer, cross_entropy, **arguments)
+    result = fit(model, loader(data, 4), optimizer, cross_entropy, **arguments)  # type: ignore[arg-type]
     assert result.steps == steps
 
 
