@@ -85,6 +85,7 @@ def test_running_average_and_intervals(layer: nn.Linear) -> None:
     """Measured at steps 0, 2, 4; inverted at steps 0 and 3: so steps 1 and 2 use the inverse of step 0."""
     optimizer = FOOF(layer, lr=0.01, damping=1.0, ema=0.75, refresh_interval=2, inverse_interval=3)
     generator = torch.Generator().manual_seed(4)
+    seen: list[Tensor] = []
     average = inverse = None
     for step in range(5):
         x = torch.randn(6, 4, dtype=torch.float64, generator=generator)
@@ -92,7 +93,9 @@ def test_running_average_and_intervals(layer: nn.Linear) -> None:
         before, gradient = joint(layer), joint(layer, gradient=True)
         optimizer.step()
         if step % 2 == 0:
-            average = moment(x) if average is None else 0.75 * average + 0.25 * moment(x)
+            seen.insert(0, moment(x))
+            weights = [0.75**age for age in range(len(seen))]
+            average = sum((w * a for w, a in zip(weights, seen, strict=True)), torch.zeros(5, 5)) / sum(weights)
         assert average is not None
         if step % 3 == 0:
             inverse = torch.linalg.inv(average + torch.eye(5, dtype=torch.float64))

@@ -30,7 +30,8 @@ class FOOF(torch.optim.Optimizer):
         damping: λ > 0, per group (a layer's weight decides); unit: a squared activation. Where
             A + λI has no Cholesky factor, not in float64 either, the layer's λ is raised tenfold
             until it has; ``preconditioners`` says by which λ each layer was really stepped.
-        ema: weight of the old A in the running average; 0: the newest measurement alone.
+        ema: how much less a measurement of A counts in its running average with each newer one, so
+            that A = Σ emaᵗ A₍ₜ₎ / Σ emaᵗ over measurements of age t; 0: the newest alone; 1: the mean.
         refresh_interval: steps between two measurements of A.
         inverse_interval: steps between two inversions of A + λI.
         max_factor_side: layers with more inputs are stepped along their plain gradient.
@@ -125,8 +126,9 @@ class FOOF(torch.optim.Optimizer):
     def _update_factors(self) -> None:
         for block, measured in self._estimator.collect().items():
             state = self._state_of(block)
-            old = state.get("factor")
-            new = measured if old is None else self._ema * old + (1 - self._ema) * measured
+            old_weight = self._ema * state.get("weight", 0.0)
+            state["weight"] = old_weight + 1.0
+            new = measured if not old_weight else (old_weight * state["factor"] + measured) / state["weight"]
             if self._codec is not None:
                 new = self._codec.unpack(self._codec.pack(new), len(new)).to(new)
             state["factor"] = new
