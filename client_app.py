@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 from fedpm_flwr import messages
 from fedpm_flwr.algorithms import get_algorithm
 from fedpm_flwr.config import Config
-from fedpm_flwr.tasks import build_model, client_data, load_dataset
+from fedpm_flwr.tasks import build_model, clients_data, load_dataset
 from fedpm_flwr.training import derive_seed, evaluate, fit, loader, pick_device, reproducible
 
 app = ClientApp()
@@ -20,11 +20,12 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """Start from the global model, take the local steps, reply with model, metrics and curvature."""
     config = Config.from_run_config(context.run_config)
+    device = pick_device(config.device)
     seed = derive_seed(config.seed, _round(message), messages.partition_of(context)[0])
-    with reproducible(seed, config.threads):
+    with reproducible(seed, config.threads, device):
         data = _local_data(config, context)
         batches = loader(data, config.batch_size, seed)
-        model, device = _global_model(config, message)
+        model = _global_model(config, message).to(device)
         steps = config.local_steps or config.local_epochs * len(batches)
         codec = messages.asked_codec(message) if steps == 1 else None
         optimizer = get_algorithm(config.algorithm).optimizer(config, model, codec)
@@ -37,9 +38,10 @@ def train(message: Message, context: Context) -> Message:
 def evaluate_global_model(message: Message, context: Context) -> Message:
     """Loss and accuracy of the global model on the client's own examples."""
     config = Config.from_run_config(context.run_config)
-    with reproducible(config.seed, config.threads):
+    device = pick_device(config.device)
+    with reproducible(config.seed, config.threads, device):
         data = _local_data(config, context)
-        model, device = _global_model(config, message)
+        model = _global_model(config, message).to(device)
         loss, accuracy = evaluate(model, loader(data, config.batch_size), F.cross_entropy, device)
     metrics = {messages.NUM_EXAMPLES: len(data), "loss": loss, "accuracy": accuracy}
     return messages.metrics_reply(message, metrics)
@@ -57,12 +59,11 @@ def _round(message: Message) -> int:
 
 def _local_data(config: Config, context: Context) -> Subset[tuple[torch.Tensor, ...]]:
     partition_id, num_partitions = messages.partition_of(context)
-    return client_data(config.dataset, partition_id, num_partitions, config.partition, config.alpha, config.seed)
+    return clients_data(config.dataset, num_partitions, config.partition, config.alpha, config.seed)[partition_id]
 
 
-def _global_model(config: Config, message: Message) -> tuple[nn.Module, torch.device]:
+def _global_model(config: Config, message: Message) -> nn.Module:
     split = load_dataset(config.dataset)
     model = build_model(config.model, split.input_shape, split.classes, config.seed)
     model.load_state_dict(message.content.array_records[messages.ARRAYS].to_torch_state_dict())
-    device = pick_device(config.device)
-    return model.to(device), device
+    return model

@@ -47,11 +47,13 @@ def main(grid: Grid, context: Context) -> None:
         return averaged
 
     strategy.train_metrics_aggr_fn = note_train_metrics
-    with reproducible(config.seed, config.threads):
-        strategy.start(
+    with reproducible(config.seed, config.threads, device):
+        result = strategy.start(
             grid=PartitionOrderedGrid(grid, config.seed),
             initial_arrays=ArrayRecord(model.state_dict()),
             num_rounds=config.num_server_rounds,
             evaluate_fn=evaluate_global_model,
         )
+    if not result.train_metrics_clientapp:
+        raise RuntimeError("no round had a usable reply; the log says what was wrong with each")
     report.finish(model.state_dict())

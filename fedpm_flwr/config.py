@@ -6,6 +6,7 @@ The names are those of ``[tool.flwr.app.config]`` in pyproject.toml and of ``--r
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,9 @@ class Config:
 
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(self):
-            _check(setting, getattr(self, setting.name))
+            value = _cast(setting, getattr(self, setting.name))
+            _check(setting, value)
+            object.__setattr__(self, setting.name, value)
         if self.output and not Path(self.output).is_absolute():
             raise ConfigError(
                 f"output={self.output!r} is not an absolute path: a relative one would start "
@@ -91,8 +94,7 @@ class Config:
         unknown = sorted(set(run_config) - set(types))
         if unknown:
             raise ConfigError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(types)}")
-        values = {types[key].name: _cast(types[key], run_config[key]) for key in run_config}
-        return cls(**values)
+        return cls(**{types[key].name: run_config[key] for key in run_config})
 
     def to_run_config(self) -> dict[str, Value]:
         """The settings under their kebab-case names."""
@@ -100,7 +102,9 @@ class Config:
 
     def to_toml(self) -> str:
         """A file that ``flwr run . --run-config FILE`` accepts (JSON scalars are TOML scalars)."""
-        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in self.to_run_config().items())
+        return "".join(
+            f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in self.to_run_config().items()
+        )
 
 
 def describe() -> str:
@@ -118,7 +122,7 @@ def _key(setting: "dataclasses.Field[Any]") -> str:
 def _cast(setting: "dataclasses.Field[Any]", value: Any) -> Any:
     """TOML writes 1 where a float is meant; nothing else is converted."""
     if setting.type is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) <= sys.float_info.max else math.inf
     return value
 
 

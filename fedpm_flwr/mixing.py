@@ -55,11 +55,14 @@ class LayerMixer:
         """(Σ wᵢ Pᵢ)⁻¹ Σ wᵢ Pᵢ (θᵢ − θ), [rows, columns].
 
         Raises:
-            CurvatureError: no client was added, or Σ wᵢ Pᵢ is not positive definite.
+            CurvatureError: no client was added, or Σ wᵢ Pᵢ is not positive definite, or the step not finite.
         """
         if self._total is None or self._moved is None:
             raise CurvatureError("there is no client to mix")
-        return self._total.solve(self._moved)
+        step = self._total.solve(self._moved)
+        if not torch.isfinite(step).all():
+            raise CurvatureError("the mixed step is not finite")
+        return step
 
 
 class ModelMixer:
@@ -67,7 +70,8 @@ class ModelMixer:
 
     A parameter that no client gives curvature for is averaged. Where only some clients do, they
     are mixed among themselves, and the result is averaged with the others by weight: so each of
-    the others counts as if it had their mean curvature, and no unit has to be made up for it.
+    the others counts as if it had their mean curvature, and no unit has to be made up for it. Where
+    clients group parameters into different layers, each grouping is mixed for itself likewise.
 
     Sums are kept in ``dtype``; the result has θ's names, shapes, dtypes and devices. Integers are
     rounded. Nothing that is passed in is changed.
@@ -84,8 +88,8 @@ class ModelMixer:
         """Fold in one client: its model θᵢ, the curvature it sent (disjoint layers), and wᵢ > 0."""
         deltas = {key: client[key].to(self._dtype) - old.to(self._dtype) for key, old in self._theta.items()}
         for layer in layers:
-            curvature = layer.curvature.to(self._dtype).damped(layer.damping)
             delta = to_matrix([deltas.pop(key) for key in layer.block.parameters])
+            curvature = layer.curvature.to(self._dtype, delta.device).damped(layer.damping)
             self._mixers.setdefault(layer.block, LayerMixer()).add(delta, curvature, weight)
         for key, delta in deltas.items():
             self._plain[key] = self._plain[key] + weight * delta if key in self._plain else weight * delta
@@ -95,8 +99,11 @@ class ModelMixer:
         """θ⁺ = θ + η_s · step; at least one client must have been added.
 
         Raises:
-            CurvatureError: Σ wᵢ Pᵢ of a layer, which is named, is not positive definite.
+            CurvatureError: no client was added; or Σ wᵢ Pᵢ of a layer, which is named, is not positive
+                definite, or its step not finite.
         """
+        if not self._weight:
+            raise CurvatureError("there is no client to mix")
         steps = {key: total / self._weight for key, total in self._plain.items()}
         for block, mixer in self._mixers.items():
             share = mixer.weight / self._weight

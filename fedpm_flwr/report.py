@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -30,7 +31,7 @@ class RunReport:
     def __init__(self, config: Config) -> None:
         self.folder = _folder(config)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.toml").write_text(config.to_toml())
+        (self.folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
         self.rows: list[Row] = []
         self._config = config
         self._started = self._round_started = time.monotonic()
@@ -50,7 +51,8 @@ class RunReport:
 
     def finish(self, state: Mapping[str, Tensor]) -> None:
         """Write the model and the plot, print the summary."""
-        save_file({key: value.contiguous() for key, value in state.items()}, self.folder / "model.safetensors")
+        # Copies: safetensors refuses tensors that share memory, as tied weights do.
+        save_file({key: value.detach().clone() for key, value in state.items()}, self.folder / "model.safetensors")
         plot_curves(self.rows, f"{self._config.algorithm} on {self._config.dataset}", self.folder / "curves.png")
         best = max(self.rows, key=lambda row: row["test-accuracy"])
         last = self.rows[-1]
@@ -67,7 +69,7 @@ class RunReport:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        (self.folder / "metrics.json").write_text(json.dumps(self.rows, indent=1))
+        (self.folder / "metrics.json").write_text(json.dumps([_finite(row) for row in self.rows], indent=1))
 
     def _line(self, row: Row) -> str:
         rounds = self._config.num_server_rounds
@@ -82,6 +84,11 @@ class RunReport:
     @staticmethod
     def _say(line: str) -> None:
         print(PREFIX + line, flush=True)
+
+
+def _finite(row: Row) -> dict[str, int | float | None]:
+    """JSON has no NaN and no infinity: null."""
+    return {key: value if math.isfinite(value) else None for key, value in row.items()}
 
 
 def seconds_left(rows: list[Row], rounds: int) -> float | None:

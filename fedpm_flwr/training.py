@@ -58,7 +58,7 @@ def evaluate(
     """Mean loss per example, and the share of examples whose largest output is the target."""
     model.eval()
     loss = torch.zeros((), device=device)
-    correct = torch.zeros((), device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
     examples = 0
     for inputs, targets in batches:
         inputs, targets = inputs.to(device), targets.to(device)
@@ -75,7 +75,8 @@ def loader(
     """Batches of this size (0: all at once), in an order given by the seed (None: as they lie)."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     size = batch_size or max(len(data), 1)
-    return DataLoader(data, batch_size=size, shuffle=generator is not None, generator=generator)
+    # An empty data set gives no batches; torch refuses to shuffle one.
+    return DataLoader(data, batch_size=size, shuffle=seed is not None and len(data) > 0, generator=generator)
 
 
 def pick_device(name: str) -> torch.device:
@@ -88,24 +89,27 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each backend fails in its own way
         raise ValueError(f"device={name!r} is not usable here: {str(error).splitlines()[0]}") from error
     return device
 
 
 def derive_seed(*parts: int) -> int:
     """One seed of 32 bits from several, such as the run's seed, the round and the partition."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+    return int(np.random.SeedSequence(parts[0], spawn_key=parts[1:]).generate_state(1)[0])
 
 
 @contextmanager
-def reproducible(seed: int, threads: int) -> Iterator[None]:
-    """Run with this seed for torch's generators and this many threads; both are put back after."""
+def reproducible(seed: int, threads: int, device: torch.device) -> Iterator[None]:
+    """Run with this seed for torch's generators and this many threads; both are put back after.
+
+    ``device`` is the one that is used: the generators of other GPUs are not touched.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             yield
     finally:

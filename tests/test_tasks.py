@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedpm_flwr.config import MODELS
-from fedpm_flwr.tasks import build_model, load_dataset, partition_indices
+from fedpm_flwr.tasks import build_model, clients_data, load_dataset, partition_indices
 
 
 def test_digits() -> None:
@@ -20,18 +20,25 @@ def test_digits() -> None:
 
 
 @pytest.mark.parametrize("partition", ["dirichlet", "iid"])
-@pytest.mark.parametrize("clients", [1, 3, 10])
-def test_partitions_hold_every_example_once(partition: str, clients: int) -> None:
+@pytest.mark.parametrize("clients", [1, 3, 10, 100, 700])
+def test_partitions_hold_every_example_once_and_none_is_empty(partition: str, clients: int) -> None:
     labels = load_dataset("digits").train_labels
-    parts = [partition_indices(labels, i, clients, partition=partition, alpha=0.1, seed=3) for i in range(clients)]
+    parts = partition_indices(labels, clients, partition=partition, alpha=0.1, seed=3)
     assert sorted(index for part in parts for index in part) == list(range(len(labels)))
-    assert parts[0] == partition_indices(labels, 0, clients, partition=partition, alpha=0.1, seed=3)
+    assert min(len(part) for part in parts) >= min(10, len(labels) // (2 * clients))
+    assert parts == partition_indices(labels, clients, partition=partition, alpha=0.1, seed=3)
+
+
+@pytest.mark.parametrize("alpha", [0.001, 0.01, 1000.0])
+def test_extreme_alphas(alpha: float) -> None:
+    labels = load_dataset("digits").train_labels
+    assert all(partition_indices(labels, 10, alpha=alpha, seed=seed) for seed in range(3))
 
 
 def skew(partition: str, alpha: float) -> float:
     """The mean over clients of the largest label's share of the client's examples."""
     labels = load_dataset("digits").train_labels
-    parts = [labels[partition_indices(labels, i, 10, partition=partition, alpha=alpha)] for i in range(10)]
+    parts = [labels[part] for part in partition_indices(labels, 10, partition=partition, alpha=alpha)]
     return float(np.mean([np.bincount(part).max() / len(part) for part in parts]))
 
 
@@ -42,15 +49,20 @@ def test_a_small_alpha_skews_labels() -> None:
 
 def test_the_seed_changes_the_partition() -> None:
     labels = load_dataset("digits").train_labels
-    assert partition_indices(labels, 0, 5, seed=0) != partition_indices(labels, 0, 5, seed=1)
+    assert partition_indices(labels, 5, seed=0) != partition_indices(labels, 5, seed=1)
 
 
-def test_impossible_partitions_are_errors() -> None:
-    labels = np.zeros(6, dtype=np.int64)
-    with pytest.raises(ValueError, match="partition-id=3 is not one of 3 partitions"):
-        partition_indices(labels, 3, 3)
+def test_too_few_examples_are_an_error() -> None:
     with pytest.raises(ValueError, match="6 examples are too few for 4 clients"):
-        partition_indices(labels, 0, 4)
+        partition_indices(np.zeros(6, dtype=np.int64), 4)
+
+
+def test_clients_get_their_own_examples() -> None:
+    split = load_dataset("digits")
+    data = clients_data("digits", 4, "dirichlet", 0.5, 1)
+    parts = partition_indices(split.train_labels, 4, alpha=0.5, seed=1)
+    assert [len(one) for one in data] == [len(part) for part in parts]
+    assert torch.equal(data[2][0][0], split.train[parts[2][0]][0])
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -56,9 +56,11 @@ def test_evaluate_gives_mean_loss_and_accuracy() -> None:
     assert loss == pytest.approx(float(cross_entropy(outputs, targets)))
 
 
-def test_no_data_is_no_step() -> None:
+@pytest.mark.parametrize("seed", [None, 3])
+def test_no_data_is_no_step(seed: int | None) -> None:
     model = nn.Linear(3, 2)
-    result = fit(model, [], torch.optim.SGD(model.parameters(), lr=0.1), cross_entropy, steps=5)
+    nothing = loader(TensorDataset(torch.zeros(0, 3), torch.zeros(0)), 4, seed)
+    result = fit(model, nothing, torch.optim.SGD(model.parameters(), lr=0.1), cross_entropy, steps=5)
     assert (result.loss, result.steps) == (0.0, 0)
 
 
@@ -74,7 +76,7 @@ def test_reproducible_seeds_and_puts_back() -> None:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     drawn = []
     for _ in range(2):
-        with reproducible(3, threads + 1):
+        with reproducible(3, threads + 1, torch.device("cpu")):
             assert torch.get_num_threads() == threads + 1
             drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
@@ -86,11 +88,12 @@ def test_derived_seeds_differ() -> None:
     seeds = {derive_seed(a, b, c) for a in range(4) for b in range(4) for c in range(4)}
     assert len(seeds) == 64
     assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)
+    assert derive_seed(5) != derive_seed(5, 0)
 
 
 def test_devices() -> None:
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("toaster", "cuda:99"):
+    for name in ("toaster", "cuda:99", "meta", "hpu"):
         with pytest.raises(ValueError, match=f"device='{name}' is not usable here"):
             pick_device(name)

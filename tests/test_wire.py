@@ -35,6 +35,7 @@ def matrix(curvature: Curvature) -> torch.Tensor:
 def test_golden_payload(codec: str) -> None:
     stored = (GOLDEN / f"{codec}.safetensors").read_bytes()
     assert encode(golden_layers(), codec) == stored
+    assert encode(decode(stored, SHAPES), codec) == stored
     for found, expected in zip(decode(stored, SHAPES), golden_layers(), strict=True):
         assert (found.block, found.damping) == (expected.block, expected.damping)
         assert type(found.curvature) is type(expected.curvature)
@@ -67,7 +68,14 @@ def test_the_identity_does_not_travel() -> None:
 
 def test_an_unknown_codec_is_named() -> None:
     with pytest.raises(ValueError, match="unknown codec 'zip'; allowed: triangle-float32, triangle-float64"):
-        encode(golden_layers(), "zip")
+        encode([], "zip")
+
+
+@pytest.mark.parametrize("damping", [float("nan"), float("inf"), -1.0])
+def test_a_damping_that_would_be_refused_is_not_sent(damping: float) -> None:
+    layer = LayerCurvature(Block("l", ("w",)), KroneckerRight(torch.eye(2)), damping)
+    with pytest.raises(ValueError, match="layer 'l': damping"):
+        encode([layer], "triangle-float32")
 
 
 def payload(version: object = FORMAT_VERSION, tensor: torch.Tensor | None = None, **changes: object) -> bytes:
@@ -91,17 +99,20 @@ def test_the_payload_that_the_lies_are_made_of_is_read() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "header of 0 bytes|metadata"),
+        (b"", "header of 0 bytes"),
         (b"\xff" * 8, "header"),
         (b"\xff" * 100, "header"),
-        (payload()[:-1], "not a safetensors document"),
+        (payload()[:-1], "not a safetensors document|header of"),
         (payload() + b"\0", "not a safetensors document"),
         (save({"x": torch.ones(1)}), "metadata"),
         (save({"x": torch.ones(1)}, {"fedpm": "[]"}), "metadata"),
         (save({"x": torch.ones(1)}, {"fedpm": '{"version": 1, "layers": 3}'}), "no list of layers"),
-        (save({"x": torch.ones(1)}, {"fedpm": '{"version": 1, "layers": []}'}), "tensors of no layer: x"),
+        (save({}, {"fedpm": "[" * 100_000}), "metadata"),
+        (save({"x": torch.ones(1)}, {"fedpm": '{"version": 1, "layers": []}'}), "tensor of no layer: 'x'"),
         (payload(version=2), "format version 2; this library reads 1"),
         (payload(version=None), "format version None"),
+        (payload(version=True), "format version True"),
+        (payload(version=1.0), "format version 1.0"),
         (payload(name=3), "a layer's entry must have"),
         (payload(side=True), "a layer's entry must have"),
         (payload(kind="nonsense"), "layer 'head': unknown kind 'nonsense'; allowed: kronecker-right, dense"),
@@ -118,9 +129,9 @@ def test_the_payload_that_the_lies_are_made_of_is_read() -> None:
         (payload(side=1 << 40), "layer 'head': side 1099511627776, but its parameters need 2"),
         (payload(side=-2), "layer 'head': side -2"),
         (payload(parameters=["conv.weight", "conv.bias"], kind="dense"), "its parameters need 6"),
-        (payload(tensor=torch.ones(4)), "layer 'head': 'triangle' is"),
-        (payload(tensor=torch.ones(3, 1)), "layer 'head': 'triangle' is"),
-        (payload(tensor=torch.ones(3, dtype=torch.float64)), "layer 'head': 'triangle' is torch.float64"),
+        (payload(tensor=torch.ones(4)), r"tensor '0.triangle' must be F32 \[3\]"),
+        (payload(tensor=torch.ones(3, 1)), r"tensor '0.triangle' must be F32 \[3\]"),
+        (payload(tensor=torch.ones(3, dtype=torch.float64)), r"tensor '0.triangle' must be F32 \[3\]; got .*F64"),
         (payload(tensor=torch.tensor([1.0, torch.nan, 1.0])), "layer 'head': the curvature is not finite"),
         (payload(tensor=torch.tensor([1.0, 0.0, -1.0])), "layer 'head': the curvature has a negative number"),
     ],
@@ -128,6 +139,45 @@ def test_the_payload_that_the_lies_are_made_of_is_read() -> None:
 def test_bytes_that_lie_raise_the_one_error(data: bytes, message: str) -> None:
     with pytest.raises(PayloadError, match=message):
         decode(data, SHAPES)
+
+
+def with_header(header: object, data: bytes = b"") -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+NOTHING = {"fedpm": json.dumps({"version": 1, "layers": []})}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ([], "no metadata"),
+        ({"__metadata__": [3]}, "'fedpm' metadata"),
+        ({"__metadata__": {"fedpm": 3}}, "'fedpm' metadata"),
+        ({"__metadata__": NOTHING | {"more": 3}}, "not a safetensors document"),
+        (
+            {"__metadata__": NOTHING, "x": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}},
+            "tensor of no layer: 'x'",
+        ),
+        ({"__metadata__": NOTHING} | {f"tensor {i}": 0 for i in range(50_000)}, "tensor of no layer: 'tensor 0'"),
+    ],
+)
+def test_headers_that_lie_raise_the_one_error_in_few_words(header: object, message: str) -> None:
+    with pytest.raises(PayloadError, match=message) as raised:
+        decode(with_header(header), {})
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("field", ["dtype", "shape", "data_offsets"])
+@pytest.mark.parametrize("lie", [None, "F8", "BF16", [0, 2**63], [2**64], [-1], [3.0], {}, [0, 2**70], 12])
+def test_a_tensor_that_lies_about_itself(field: str, lie: object) -> None:
+    honest = payload()
+    length = int.from_bytes(honest[:8], "little")
+    header = json.loads(honest[8 : 8 + length])
+    header["0.triangle"][field] = lie
+    with pytest.raises(PayloadError):
+        decode(with_header(header, honest[8 + length :]), SHAPES)
 
 
 def test_a_payload_over_the_limit_is_refused_unread() -> None:

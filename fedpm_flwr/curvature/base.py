@@ -65,11 +65,13 @@ def weighted_sum(weights: Sequence[float], curvatures: Sequence[Curvature]) -> C
 def cholesky(matrix: Tensor) -> Tensor:
     """The lower Cholesky factor of a symmetric [n, n] matrix.
 
-    A float32 matrix that fails is tried once more in float64, and the factor is then float64.
+    Computed in float32 at least. A matrix that fails in float32 is tried once more in float64, and
+    the factor is then float64.
 
     Raises:
         CurvatureError: the matrix is not positive definite.
     """
+    matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
     lower: Tensor
     lower, info = torch.linalg.cholesky_ex(matrix)
     if info.any() and matrix.dtype != torch.float64:

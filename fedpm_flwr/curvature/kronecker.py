@@ -24,9 +24,11 @@ class KroneckerRight(Curvature):
         check_square(self.factor, "a Kronecker factor")
 
     def matmul(self, delta: Tensor) -> Tensor:
+        self._check_columns(delta)
         return delta @ self.factor
 
     def solve(self, rhs: Tensor) -> Tensor:
+        self._check_columns(rhs)
         return cholesky_solve(self.factor, rhs.T).T
 
     def damped(self, damping: float) -> "KroneckerRight":
@@ -37,6 +39,7 @@ class KroneckerRight(Curvature):
 
     def plus(self, other: Curvature) -> Curvature:
         if isinstance(other, KroneckerRight):
+            self._check_columns(other.factor)
             return KroneckerRight(self.factor + other.factor)
         if isinstance(other, Identity):
             return self.damped(other.scale)
@@ -52,3 +55,7 @@ class KroneckerRight(Curvature):
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "KroneckerRight":
         return KroneckerRight(self.factor.to(dtype=dtype, device=device))
+
+    def _check_columns(self, matrix: Tensor) -> None:
+        if matrix.ndim != 2 or matrix.shape[1] != len(self.factor):
+            raise CurvatureError(f"{list(matrix.shape)} met a Kronecker factor of side {len(self.factor)}")

@@ -1,7 +1,7 @@
 """A layer's parameters, seen as the one matrix that its curvature acts on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,9 +11,12 @@ from .base import Curvature
 
 @dataclass(frozen=True)
 class Block:
-    """A layer: its name and the keys of its parameters, in the order of their columns in Δ."""
+    """A layer: the keys of its parameters, in the order of their columns in Δ, and a name for messages.
 
-    name: str
+    Blocks of the same parameters are equal, whatever their names.
+    """
+
+    name: str = field(compare=False)
     parameters: tuple[str, ...]
 
 

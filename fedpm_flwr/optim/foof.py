@@ -14,6 +14,8 @@ from ..wire import get_codec
 
 _RAISE_DAMPING_BY = 10.0
 _MAX_RAISES = 12
+_CALLS_FROM_STEP = 5
+"""From a method called by ``step``, through torch's two wrappers of it, to the caller of ``step``."""
 
 
 class FOOF(torch.optim.Optimizer):
@@ -27,7 +29,7 @@ class FOOF(torch.optim.Optimizer):
         model: the network that is trained.
         params: parameters or parameter groups to train; by default all of the model's.
         lr: η, per group.
-        damping: λ > 0, per group (a layer's weight decides); unit: a squared activation. Where
+        damping: λ ≥ 0, per group (a layer's weight decides); unit: a squared activation. Where
             A + λI has no Cholesky factor, not in float64 either, the layer's λ is raised tenfold
             until it has; ``preconditioners`` says by which λ each layer was really stepped.
         ema: how much less a measurement of A counts in its running average with each newer one, so
@@ -60,7 +62,9 @@ class FOOF(torch.optim.Optimizer):
             raise ValueError(f"intervals must be >= 1, not {refresh_interval} and {inverse_interval}")
         if not 0 <= ema <= 1:
             raise ValueError(f"ema must be between 0 and 1, not {ema}")
-        super().__init__(params or model.parameters(), {"lr": lr, "damping": damping, "step": 0})
+        super().__init__(
+            model.parameters() if params is None else params, {"lr": lr, "damping": damping, "step": 0}
+        )
         for group in self.param_groups:
             if not (group["lr"] >= 0 and group["damping"] >= 0):
                 raise ValueError(f"lr {group['lr']} and damping {group['damping']} must be >= 0")
@@ -68,9 +72,10 @@ class FOOF(torch.optim.Optimizer):
         self._codec = get_codec(codec) if codec else None
         self._parameters = dict(model.named_parameters())
         owned = [p for group in self.param_groups for p in group["params"]]
-        self._estimator = InputCovariance(model, max_factor_side, owned)
+        self._estimator = InputCovariance(model, max_factor_side, owned, stacklevel=3)
+        self._unmeasured: set[Block] = set()
         self._schedule()
-        self.register_load_state_dict_post_hook(lambda _: self._schedule())
+        self.register_load_state_dict_post_hook(_after_loading)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -88,7 +93,7 @@ class FOOF(torch.optim.Optimizer):
         groups = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
         for block in self._estimator.blocks:
             owned = [self._parameters[key] for key in block.parameters]
-            if all(p in groups for p in owned) and "factor" in self._state_of(block):
+            if all(p in groups for p in owned) and self._is_measured(block):
                 self._step_layer(block, owned, [groups.pop(p) for p in owned])
         for p, group in groups.items():
             p.sub_(p.grad, alpha=group["lr"])
@@ -115,6 +120,18 @@ class FOOF(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[self._parameters[block.parameters[0]]]
         return state
 
+    def _is_measured(self, block: Block) -> bool:
+        measured = "factor" in self._state_of(block)
+        if not measured and block not in self._unmeasured:
+            self._unmeasured.add(block)
+            warnings.warn(
+                f"layer {block.name!r} has a gradient but its inputs were not seen in training mode with "
+                "gradients enabled (is it in evaluation mode, or in a reentrant checkpoint?): it takes "
+                "plain gradient steps",
+                stacklevel=_CALLS_FROM_STEP,
+            )
+        return measured
+
     def _steps(self) -> int:
         return int(self.param_groups[0]["step"])
 
@@ -125,6 +142,8 @@ class FOOF(torch.optim.Optimizer):
 
     def _update_factors(self) -> None:
         for block, measured in self._estimator.collect().items():
+            if "factor" in self._state_of(block) and not torch.isfinite(measured).all():
+                continue  # as after a step that a GradScaler skipped; measured again at the next refresh
             state = self._state_of(block)
             old_weight = self._ema * state.get("weight", 0.0)
             state["weight"] = old_weight + 1.0
@@ -143,6 +162,15 @@ class FOOF(torch.optim.Optimizer):
             p.sub_(part.to(p.dtype), alpha=group["lr"])
 
 
+def _after_loading(optimizer: torch.optim.Optimizer) -> None:
+    """torch casts loaded state to the parameters' dtype; curvature stays float32 at least."""
+    assert isinstance(optimizer, FOOF)
+    for state in optimizer.state.values():
+        for key in {"factor", "inverse"} & set(state):
+            state[key] = state[key] if state[key].dtype == torch.float64 else state[key].float()
+    optimizer._schedule()
+
+
 def _gradient(p: nn.Parameter) -> Tensor:
     assert p.grad is not None
     return p.grad
@@ -152,16 +180,17 @@ def _invert(factor: Tensor, damping: float, layer: str) -> tuple[Tensor, float]:
     """(A + λI)⁻¹ in A's dtype, and λ, raised until there is one."""
     if not torch.isfinite(factor).all():
         raise CurvatureError(f"layer {layer!r}: its inputs are not finite; has training diverged?")
-    used = damping
-    for _ in range(_MAX_RAISES):
+    for raised in range(_MAX_RAISES + 1):
+        used = damping * _RAISE_DAMPING_BY**raised
         try:
             inverse = torch.cholesky_inverse(cholesky(KroneckerRight(factor).damped(used).factor))
         except CurvatureError as error:
             if damping == 0:
                 raise CurvatureError(f"layer {layer!r}: {error}, and its damping is 0") from error
-            used *= _RAISE_DAMPING_BY
             continue
         if used != damping:
-            warnings.warn(f"layer {layer!r}: damping raised from {damping} to {used}", stacklevel=4)
+            warnings.warn(
+                f"layer {layer!r}: damping raised from {damping} to {used}", stacklevel=_CALLS_FROM_STEP + 1
+            )
         return inverse.to(factor.dtype), used
     raise CurvatureError(f"layer {layer!r}: not positive definite even with damping {used}")

@@ -2,6 +2,6 @@
 
 from .datasets import Split, load_dataset
 from .models import build_model
-from .partitions import client_data, partition_indices
+from .partitions import clients_data, partition_indices
 
-__all__ = ["Split", "build_model", "client_data", "load_dataset", "partition_indices"]
+__all__ = ["Split", "build_model", "clients_data", "load_dataset", "partition_indices"]

@@ -12,23 +12,20 @@ from .datasets import load_dataset
 
 _MIN_EXAMPLES = 10
 
+Labels = np.ndarray[tuple[int], np.dtype[np.int64]]
+
 
 def partition_indices(
-    labels: np.ndarray[tuple[int], np.dtype[np.int64]],
-    partition_id: int,
-    num_partitions: int,
-    *,
-    partition: str = "dirichlet",
-    alpha: float = 0.1,
-    seed: int = 0,
-) -> list[int]:
-    """The examples of one client; all clients' together are all examples, each once.
+    labels: Labels, num_partitions: int, *, partition: str = "dirichlet", alpha: float = 0.1, seed: int = 0
+) -> list[list[int]]:
+    """The examples of each client; together they are all examples, each once.
+
+    A client that the Dirichlet distribution leaves with fewer than 10 (or half of an equal share, if
+    that is less) gets the missing ones from whoever has most.
 
     Raises:
-        ValueError: there is no such partition, or there are too few examples for so many clients.
+        ValueError: there are too few examples for so many clients.
     """
-    if not 0 <= partition_id < num_partitions:
-        raise ValueError(f"partition-id={partition_id} is not one of {num_partitions} partitions")
     least = min(_MIN_EXAMPLES, len(labels) // (2 * num_partitions))
     if least < 1:
         raise ValueError(f"{len(labels)} examples are too few for {num_partitions} clients")
@@ -39,23 +36,25 @@ def partition_indices(
         partitioner = IidPartitioner(num_partitions)
     else:
         partitioner = DirichletPartitioner(
-            num_partitions, partition_by="label", alpha=alpha, min_partition_size=least, seed=seed
+            num_partitions, partition_by="label", alpha=alpha, min_partition_size=0, seed=seed
         )
     partitioner.dataset = datasets.Dataset.from_dict({"label": labels[order], "index": order})
-    return list(partitioner.load_partition(partition_id)["index"])
+    parts = [list(partitioner.load_partition(i)["index"]) for i in range(num_partitions)]
+    for part in parts:
+        while len(part) < least:
+            part.append(max(parts, key=len).pop())
+    return parts
 
 
-@lru_cache(maxsize=1024)
-def client_data(
-    dataset: str, partition_id: int, num_partitions: int, partition: str, alpha: float, seed: int
-) -> Subset[tuple[torch.Tensor, ...]]:
-    """A client's training examples, worked out once per process.
+@lru_cache(maxsize=8)
+def clients_data(
+    dataset: str, num_partitions: int, partition: str, alpha: float, seed: int
+) -> list[Subset[tuple[torch.Tensor, ...]]]:
+    """Each client's training examples, worked out once per process.
 
     Raises:
         ValueError: as ``partition_indices``.
     """
     split = load_dataset(dataset)
-    indices = partition_indices(
-        split.train_labels, partition_id, num_partitions, partition=partition, alpha=alpha, seed=seed
-    )
-    return Subset(split.train, indices)
+    parts = partition_indices(split.train_labels, num_partitions, partition=partition, alpha=alpha, seed=seed)
+    return [Subset(split.train, part) for part in parts]

@@ -11,15 +11,14 @@ from .triangle import Triangle
 class Codec(Protocol):
     """A symmetric matrix [n, n] to named tensors and back."""
 
+    def layout(self, side: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The dtype and shape of each tensor that stands for a matrix of this side."""
+
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
         """The tensors that stand for the matrix, on the CPU."""
 
     def unpack(self, tensors: dict[str, Tensor], side: int) -> Tensor:
-        """The matrix [side, side] again.
-
-        Raises:
-            ValueError: the tensors are not what ``pack`` makes of a matrix of this side.
-        """
+        """The matrix [side, side] again, from tensors of this ``layout``."""
 
 
 CODECS: dict[str, Codec] = {

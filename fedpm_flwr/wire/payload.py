@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -20,6 +19,10 @@ FORMAT_VERSION = 1
 METADATA_KEY = "fedpm"
 _HEADER_LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 4 << 20
+_MAX_QUOTE = 100
+"""Longest part of a stranger's bytes that an error message repeats."""
+_METADATA = "__metadata__"
+_DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 _KINDS: dict[str, Any] = {KroneckerRight.kind: KroneckerRight, Dense.kind: Dense}
 _FIELDS: dict[str, tuple[type, ...]] = {
     "name": (str,),
@@ -39,12 +42,16 @@ def encode(layers: Iterable[LayerCurvature], codec: str) -> bytes:
     """Curvatures as bytes; equal input gives equal bytes.
 
     Raises:
-        ValueError: the codec is unknown, or a kind of curvature does not travel.
+        ValueError: the codec is unknown, a kind of curvature does not travel, or a damping is not
+            a finite number >= 0.
     """
+    packer = get_codec(codec)
     table: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for index, layer in enumerate(layers):
         matrix = _matrix(layer)
+        if not (math.isfinite(layer.damping) and layer.damping >= 0):
+            raise ValueError(f"layer {layer.block.name!r}: damping {layer.damping} is not a finite number >= 0")
         table.append(
             {
                 "name": layer.block.name,
@@ -55,8 +62,7 @@ def encode(layers: Iterable[LayerCurvature], codec: str) -> bytes:
                 "damping": float(layer.damping),
             }
         )
-        packed = get_codec(codec).pack(matrix)
-        tensors |= {f"{index}.{key}": tensor.contiguous() for key, tensor in packed.items()}
+        tensors |= {f"{index}.{key}": tensor for key, tensor in packer.pack(matrix).items()}
     metadata = {METADATA_KEY: json.dumps({"version": FORMAT_VERSION, "layers": table}, separators=(",", ":"))}
     return save(tensors, metadata)
 
@@ -75,19 +81,22 @@ def decode(data: bytes, shapes: Mapping[str, Sequence[int]], max_bytes: int = 1 
     """
     if len(data) > max_bytes:
         raise PayloadError(f"the payload has {len(data)} bytes, more than the {max_bytes} allowed")
-    table = _read_table(data)
+    header = _read_header(data)
+    entries = _read_entries(header.pop(_METADATA))
+    seen: set[str] = set()
+    expected = {}
+    for index, entry in enumerate(entries):
+        _check_entry(entry, shapes, seen)
+        layout = get_codec(entry["codec"]).layout(entry["side"])
+        expected |= {f"{index}.{key}": (_DTYPES[dtype], list(shape)) for key, (dtype, shape) in layout.items()}
+    _check_tensors(header, expected)
     try:
         tensors = load(data)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise PayloadError(f"not a safetensors document: {error}") from error
-    layers = []
-    seen: set[str] = set()
-    for index, entry in enumerate(table):
-        own = {key.split(".", 1)[1]: tensors.pop(key) for key in list(tensors) if key.startswith(f"{index}.")}
-        layers.append(_read_layer(entry, own, shapes, seen))
-    if tensors:
-        raise PayloadError(f"tensors of no layer: {', '.join(sorted(tensors))}")
-    return layers
+        return [_read_layer(index, entry, tensors) for index, entry in enumerate(entries)]
+    except PayloadError:
+        raise
+    except Exception as error:  # bytes from outside: whatever else is wrong with them, they are no payload
+        raise PayloadError(f"not a safetensors document: {error!r:.{_MAX_QUOTE}}") from error
 
 
 def _matrix(layer: LayerCurvature) -> Tensor:
@@ -97,55 +106,50 @@ def _matrix(layer: LayerCurvature) -> Tensor:
     raise ValueError(f"layer {layer.block.name!r}: curvature of kind {layer.curvature.kind!r} does not travel")
 
 
-def _read_table(data: bytes) -> list[Any]:
-    """The table of layers in the document's metadata, of which only the version is checked."""
+def _read_header(data: bytes) -> dict[str, Any]:
+    """The document's header: its metadata, and dtype, shape and place of each tensor."""
     length = int.from_bytes(data[:_HEADER_LENGTH_BYTES], "little")
     if length > min(_MAX_HEADER_BYTES, len(data) - _HEADER_LENGTH_BYTES):
         raise PayloadError(f"a header of {length} bytes in a payload of {len(data)}")
     try:
         header = json.loads(data[_HEADER_LENGTH_BYTES : _HEADER_LENGTH_BYTES + length])
-        document = json.loads(header["__metadata__"][METADATA_KEY])
-        version, table = document["version"], document.get("layers")
+    except (ValueError, RecursionError) as error:
+        raise PayloadError(f"its header is not JSON: {error!r:.{_MAX_QUOTE}}") from error
+    if not isinstance(header, dict) or _METADATA not in header:
+        raise PayloadError("its header has no metadata")
+    return header
+
+
+def _read_entries(metadata: Any) -> list[Any]:
+    """The table of layers in the metadata, of which only the version is checked."""
+    try:
+        document = json.loads(metadata[METADATA_KEY])
+        version, entries = document["version"], document.get("layers")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PayloadError(f"no {METADATA_KEY!r} metadata: {error!r}") from error
-    if version != FORMAT_VERSION:
-        raise PayloadError(f"format version {version!r}; this library reads {FORMAT_VERSION}")
-    if not isinstance(table, list):
+        raise PayloadError(f"no {METADATA_KEY!r} metadata: {error!r:.{_MAX_QUOTE}}") from error
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise PayloadError(f"format version {version!r:.{_MAX_QUOTE}}; this library reads {FORMAT_VERSION}")
+    if not isinstance(entries, list):
         raise PayloadError("the metadata holds no list of layers")
-    return table
+    return entries
 
 
-def _read_layer(
-    entry: Any, tensors: dict[str, Tensor], shapes: Mapping[str, Sequence[int]], seen: set[str]
-) -> LayerCurvature:
+def _check_entry(entry: Any, shapes: Mapping[str, Sequence[int]], seen: set[str]) -> None:
+    """The table's entry of one layer has all that it needs, and fits the model."""
     if not isinstance(entry, dict) or any(type(entry.get(key)) not in types for key, types in _FIELDS.items()):
-        raise PayloadError(f"a layer's entry must have {', '.join(_FIELDS)}, each of its type; got {entry!r:.200}")
-    where = f"layer {entry['name']!r:.100}"
-    if entry["kind"] not in _KINDS:
-        raise PayloadError(f"{where}: unknown kind {entry['kind']!r:.50}; allowed: {', '.join(_KINDS)}")
-    if entry["codec"] not in CODECS:
-        raise PayloadError(f"{where}: unknown codec {entry['codec']!r:.50}; allowed: {', '.join(CODECS)}")
+        raise PayloadError(
+            f"a layer's entry must have {', '.join(_FIELDS)}, each of its type; got {entry!r:.{_MAX_QUOTE}}"
+        )
+    where = _where(entry)
+    for key, allowed in (("kind", _KINDS), ("codec", CODECS)):
+        if entry[key] not in allowed:
+            raise PayloadError(
+                f"{where}: unknown {key} {entry[key]!r:.{_MAX_QUOTE}}; allowed: {', '.join(allowed)}"
+            )
     damping = _to_float(entry["damping"])
     if not (math.isfinite(damping) and damping >= 0):
         raise PayloadError(f"{where}: damping {damping} is not a finite number >= 0")
     _check_parameters(where, entry, shapes, seen)
-    try:
-        matrix = get_codec(entry["codec"]).unpack(tensors, entry["side"])
-    except ValueError as error:
-        raise PayloadError(f"{where}: {error}") from error
-    if not torch.isfinite(matrix).all():
-        raise PayloadError(f"{where}: the curvature is not finite")
-    if (matrix.diagonal() < 0).any():
-        raise PayloadError(f"{where}: the curvature has a negative number on its diagonal")
-    block = Block(entry["name"], tuple(entry["parameters"]))
-    return LayerCurvature(block, _KINDS[entry["kind"]](matrix), damping)
-
-
-def _to_float(number: float | int) -> float:
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf
 
 
 def _check_parameters(
@@ -157,7 +161,7 @@ def _check_parameters(
         raise PayloadError(f"{where}: no parameters")
     for key in keys:
         if not isinstance(key, str) or key not in shapes:
-            raise PayloadError(f"{where}: unknown parameter {key!r:.100}")
+            raise PayloadError(f"{where}: unknown parameter {key!r:.{_MAX_QUOTE}}")
         if key in seen:
             raise PayloadError(f"{where}: parameter {key!r} has a curvature already")
         seen.add(key)
@@ -168,3 +172,36 @@ def _check_parameters(
     side = size if entry["kind"] == Dense.kind else size // max(rows.pop(), 1)
     if entry["side"] != side:
         raise PayloadError(f"{where}: side {entry['side']}, but its parameters need {side}")
+
+
+def _check_tensors(header: dict[str, Any], expected: dict[str, tuple[str, list[int]]]) -> None:
+    """The document holds the tensors that the table needs, no other, before any is read."""
+    for name in header:
+        if name not in expected:
+            raise PayloadError(f"tensor of no layer: {name!r:.{_MAX_QUOTE}}")
+    for name, (dtype, shape) in expected.items():
+        found = header.get(name)
+        if not isinstance(found, dict) or (found.get("dtype"), found.get("shape")) != (dtype, shape):
+            raise PayloadError(f"tensor {name!r} must be {dtype} {shape}; got {found!r:.{_MAX_QUOTE}}")
+
+
+def _read_layer(index: int, entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerCurvature:
+    codec = get_codec(entry["codec"])
+    matrix = codec.unpack({key: tensors[f"{index}.{key}"] for key in codec.layout(entry["side"])}, entry["side"])
+    if not torch.isfinite(matrix).all():
+        raise PayloadError(f"{_where(entry)}: the curvature is not finite")
+    if (matrix.diagonal() < 0).any():
+        raise PayloadError(f"{_where(entry)}: the curvature has a negative number on its diagonal")
+    block = Block(entry["name"], tuple(entry["parameters"]))
+    return LayerCurvature(block, _KINDS[entry["kind"]](matrix), _to_float(entry["damping"]))
+
+
+def _where(entry: dict[str, Any]) -> str:
+    return f"layer {entry['name']!r:.{_MAX_QUOTE}}"
+
+
+def _to_float(number: float) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf

@@ -14,21 +14,15 @@ class Triangle:
 
     dtype: torch.dtype
 
+    def layout(self, side: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {TRIANGLE: (self.dtype, (side * (side + 1) // 2,))}
+
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
-        rows, columns = torch.tril_indices(*matrix.shape, device=matrix.device)
-        return {TRIANGLE: matrix[rows, columns].to("cpu", self.dtype)}
+        matrix = matrix.to("cpu", self.dtype)
+        return {TRIANGLE: torch.cat([row[: i + 1] for i, row in enumerate(matrix)])}
 
     def unpack(self, tensors: dict[str, Tensor], side: int) -> Tensor:
-        if set(tensors) != {TRIANGLE}:
-            raise ValueError(f"tensors {sorted(tensors)} where only {TRIANGLE!r} belongs")
-        triangle = tensors[TRIANGLE]
-        if triangle.shape != (side * (side + 1) // 2,) or triangle.dtype != self.dtype:
-            raise ValueError(
-                f"{TRIANGLE!r} is {triangle.dtype} {list(triangle.shape)}, "
-                f"not {self.dtype} [{side * (side + 1) // 2}] as side {side} needs"
-            )
-        rows, columns = torch.tril_indices(side, side)
-        matrix = torch.empty(side, side, dtype=self.dtype)
-        matrix[rows, columns] = triangle
-        matrix[columns, rows] = triangle
-        return matrix
+        lower = torch.zeros(side, side, dtype=self.dtype)
+        for i, row in enumerate(torch.split(tensors[TRIANGLE], list(range(1, side + 1)))):
+            lower[i, : i + 1] = row
+        return lower + lower.tril(-1).T
