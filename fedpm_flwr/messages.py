@@ -92,15 +92,15 @@ def partition_of(context: Context) -> tuple[int, int]:
     """The node's partition and the number of partitions, from its node config.
 
     Raises:
-        ValueError: the node config does not name them.
+        ValueError: the node config does not name them, or they do not fit.
     """
-    found = context.node_config.get(PARTITION_ID), context.node_config.get(NUM_PARTITIONS)
-    if not all(isinstance(value, int) for value in found):
+    partition, count = context.node_config.get(PARTITION_ID), context.node_config.get(NUM_PARTITIONS)
+    if not (isinstance(partition, int) and isinstance(count, int) and 0 <= partition < count):
         raise ValueError(
-            f"the node config must name {PARTITION_ID} and {NUM_PARTITIONS} as whole numbers; "
-            f"got {dict(context.node_config)}"
+            f"the node config must name {PARTITION_ID} and {NUM_PARTITIONS} as whole numbers, the first "
+            f"from 0 and below the second; got {dict(context.node_config)}"
         )
-    return int(found[0]), int(found[1])  # type: ignore[arg-type]
+    return partition, count
 
 
 def partition_reply(request: Message, context: Context) -> Message:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,7 +53,8 @@ class RunReport:
     def finish(self, state: Mapping[str, Tensor]) -> None:
         """Write the model and the plot, print the summary."""
         # Copies: safetensors refuses tensors that share memory, as tied weights do.
-        save_file({key: value.detach().clone() for key, value in state.items()}, self.folder / "model.safetensors")
+        copies = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+        save_file(copies, self.folder / "model.safetensors")
         plot_curves(self.rows, f"{self._config.algorithm} on {self._config.dataset}", self.folder / "curves.png")
         best = max(self.rows, key=lambda row: row["test-accuracy"])
         last = self.rows[-1]

@@ -20,7 +20,7 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
         _wait_until_healthy(process, port, home / "superlink.log")
         yield environment
     finally:
-        _stop(process)
+        _stop(process, home)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -182,19 +182,28 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) 
     raise SystemExit(f"{PREFIX}the SuperLink did not start:\n{log.read_text()}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the SuperLink and everything that it started, Ray's processes too."""
-    try:
-        parent = psutil.Process(process.pid)
-        family = [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        family = []
+def _stop(process: subprocess.Popen[bytes], home: Path) -> None:
+    """End the SuperLink and everything that it started.
+
+    Ray's processes may have lost their parent by then, so they are known by the FLWR_HOME that they
+    inherited, which is this run's own.
+    """
     process.terminate()
-    _, alive = psutil.wait_procs(family, timeout=_STOP_S)
-    for one in alive:
-        one.kill()
+    _, alive = psutil.wait_procs(_family(home), timeout=_STOP_S)
+    for one in alive + _family(home):
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
     psutil.wait_procs(alive, timeout=_STOP_S)
     process.wait()
+
+
+def _family(home: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get("FLWR_HOME") == str(home):
+                found.append(process)
+    return found
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from flwr.app import Context, RecordDict
 
 import client_app
 import server_app
@@ -69,9 +70,16 @@ def test_a_wrong_setting_reaches_the_user(tmp_path: Path) -> None:
         run(tmp_path, {"device": "toaster"})
 
 
-def test_a_node_without_a_partition_says_what_it_lacks() -> None:
-    from flwr.app import Context, RecordDict
-
-    context = Context(1, 2, {"data-path": "/data"}, RecordDict(), {})
+@pytest.mark.parametrize(
+    "node_config",
+    [
+        {},
+        {"partition-id": 1},
+        {"partition-id": "1", "num-partitions": 2},
+        {"partition-id": 2, "num-partitions": 2},
+    ],
+)
+def test_a_node_without_a_partition_says_what_it_lacks(node_config: dict[str, str | int]) -> None:
+    context = Context(1, 2, {**node_config}, RecordDict(), {})
     with pytest.raises(ValueError, match="the node config must name partition-id and num-partitions"):
         messages.partition_of(context)

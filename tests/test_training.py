@@ -30,7 +30,7 @@ def test_fit_reports_the_mean_loss_per_example_and_moves_as_the_optimizer_does(d
     torch.manual_seed(0)
     model, twin = nn.Linear(3, 2), nn.Linear(3, 2)
     twin.load_state_dict(model.state_dict())
-    expected = float(cross_entropy(twin(data.tensors[0]), data.tensors[1]))
+    expected = cross_entropy(twin(data.tensors[0]), data.tensors[1]).item()
     frozen = fit(model, loader(data, 4), torch.optim.SGD(model.parameters(), lr=0.0), cross_entropy)
     assert frozen.loss == pytest.approx(expected, rel=1e-5)
     fit(model, loader(data, 0), torch.optim.SGD(model.parameters(), lr=0.5), cross_entropy)

@@ -84,7 +84,7 @@ def decode(data: bytes, shapes: Mapping[str, Sequence[int]], max_bytes: int = 1 
     header = _read_header(data)
     entries = _read_entries(header.pop(_METADATA))
     seen: set[str] = set()
-    expected = {}
+    expected: dict[str, tuple[str, list[int]]] = {}
     for index, entry in enumerate(entries):
         _check_entry(entry, shapes, seen)
         layout = get_codec(entry["codec"]).layout(entry["side"])
