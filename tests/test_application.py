@@ -83,3 +83,14 @@ def test_a_node_without_a_partition_says_what_it_lacks(node_config: dict[str, st
     context = Context(1, 2, {**node_config}, RecordDict(), {})
     with pytest.raises(ValueError, match="the node config must name partition-id and num-partitions"):
         messages.partition_of(context)
+
+
+def test_many_clients_of_few_examples_train(tmp_path: Path) -> None:
+    rows = run(tmp_path, {"num-server-rounds": 1, "local-steps": 1}, nodes=60)
+    assert rows[1]["clients"] == 60
+
+
+def test_a_run_in_which_nobody_trains_is_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no round had a usable reply"):
+        run(tmp_path, {"num-server-rounds": 1, "damping": 0.0, "refresh-interval": 1})
+    assert (tmp_path / "metrics.json").exists()

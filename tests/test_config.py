@@ -35,6 +35,10 @@ def test_values_are_parsed_and_whole_numbers_serve_as_numbers() -> None:
     assert isinstance(config.learning_rate, float)
 
 
+def test_in_python_too_whole_numbers_serve_as_numbers() -> None:
+    assert Config(learning_rate=1) == Config(learning_rate=1.0)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
@@ -42,6 +46,7 @@ def test_values_are_parsed_and_whole_numbers_serve_as_numbers() -> None:
         ("learning-rate", 0, "learning-rate=0.0 is not allowed; allowed: number > 0"),
         ("learning-rate", float("nan"), "learning-rate=nan"),
         ("learning-rate", float("inf"), "learning-rate=inf"),
+        ("learning-rate", 10**400, "learning-rate=inf"),
         ("learning-rate", "fast", "learning-rate='fast' is not allowed; allowed: number > 0"),
         ("damping", -0.1, "damping=-0.1 is not allowed; allowed: number >= 0"),
         ("fraction-train", 1.5, "fraction-train=1.5 is not allowed; allowed: number > 0 <= 1"),
@@ -68,7 +73,7 @@ def test_an_unknown_key_is_named_with_all_that_there_are() -> None:
     rounds=st.integers(1, 1000),
     rate=st.floats(1e-6, 10),
     algorithm=st.sampled_from(settings.ALGORITHMS),
-    output=st.from_regex(r'/[a-z"\\ é]{0,9}', fullmatch=True),
+    output=st.from_regex(r'/[a-z"\\ é🙂]{0,9}', fullmatch=True),
 )
 def test_the_configuration_as_run_can_be_run_again(rounds: int, rate: float, algorithm: str, output: str) -> None:
     config = Config(num_server_rounds=rounds, learning_rate=rate, algorithm=algorithm, output=output)

@@ -1,5 +1,7 @@
 """Every kind of curvature against its own dense form."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -91,5 +93,22 @@ def test_a_factor_must_be_square(shape: tuple[int, ...]) -> None:
 def test_sizes_that_do_not_fit_are_named() -> None:
     with pytest.raises(CurvatureError, match="12"):
         Dense(torch.eye(12)).matmul(torch.zeros(2, 2))
-    with pytest.raises(CurvatureError, match="side 4"):
-        KroneckerRight(torch.eye(4)).to_dense(6)
+    factor = KroneckerRight(torch.eye(4))
+    misuses: list[Callable[[], object]] = [
+        lambda: factor.to_dense(6),
+        lambda: factor.matmul(torch.zeros(2, 3)),
+        lambda: factor.solve(torch.zeros(2, 3)),
+        lambda: factor.plus(KroneckerRight(torch.eye(1))),
+        lambda: factor.plus(Dense(torch.eye(6))),
+    ]
+    for misuse in misuses:
+        with pytest.raises(CurvatureError, match="side 4"):
+            misuse()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_solved_in_float32(dtype: torch.dtype) -> None:
+    rhs = torch.ones(1, 3, dtype=dtype)
+    found = KroneckerRight(4 * torch.eye(3, dtype=dtype)).solve(rhs)
+    assert found.dtype == dtype
+    assert torch.equal(found, rhs / 4)

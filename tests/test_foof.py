@@ -1,6 +1,7 @@
 """The FOOF optimizer: its step, its schedule, its damping, and what it says of itself."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -133,10 +134,88 @@ def test_damping_is_raised_until_there_is_an_inverse_and_said_once(layer: nn.Lin
     backward(layer, x)
     with pytest.warns(UserWarning, match="layer '': damping raised from 0.001 to") as caught:
         optimizer.step()
-    assert len(caught) == 1
+    assert [warning.filename for warning in caught] == [__file__]
     (said,) = optimizer.preconditioners()
     assert said.damping > 1e-3
     assert torch.isfinite(layer.weight).all()
+
+
+def test_a_layer_whose_inputs_were_not_seen_is_named_once(layer: nn.Linear, x: Tensor) -> None:
+    optimizer = FOOF(layer, lr=0.1)
+    layer.eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            backward(layer, x)
+            before, gradient = joint(layer), joint(layer, gradient=True)
+            optimizer.step()
+            torch.testing.assert_close(joint(layer), before - 0.1 * gradient)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert "layer '' has a gradient but" in str(caught[0].message)
+    assert optimizer.preconditioners() == []
+    layer.train()
+    backward(layer, x)
+    optimizer.step()
+    assert len(optimizer.preconditioners()) == 1
+
+
+def test_a_measurement_that_is_not_finite_is_dropped_once_there_is_one(layer: nn.Linear, x: Tensor) -> None:
+    optimizer = FOOF(layer, refresh_interval=1, inverse_interval=1)
+    backward(layer, x)
+    optimizer.step()
+    layer(torch.full_like(x, torch.inf))  # of a step that a GradScaler skipped
+    backward(layer, x)
+    optimizer.step()
+    (said,) = optimizer.preconditioners()
+    assert isinstance(said.curvature, KroneckerRight)
+    torch.testing.assert_close(said.curvature.factor, moment(x))
+
+
+def test_each_group_has_its_own_damping_and_a_layer_goes_by_its_weight(x: Tensor) -> None:
+    first, second = nn.Linear(4, 3), nn.Linear(3, 2)
+    model = nn.Sequential(first, second).double()
+    groups: list[dict[str, Any]] = [
+        {"params": [first.weight], "damping": 7.0},
+        {"params": [first.bias, *second.parameters()], "damping": 0.5},
+    ]
+    optimizer = FOOF(model, groups)
+    backward(model, x)
+    optimizer.step()
+    assert [said.damping for said in optimizer.preconditioners()] == [7.0, 0.5]
+
+
+def test_a_layer_with_a_gradient_for_its_weight_only_takes_a_plain_step(layer: nn.Linear, x: Tensor) -> None:
+    optimizer = FOOF(layer, lr=0.1)
+    backward(layer, x)
+    before, gradient = joint(layer), joint(layer, gradient=True)
+    layer.bias.grad = None
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.data, before[:, :-1] - 0.1 * gradient[:, :-1])
+    assert torch.equal(layer.bias, before[:, -1])
+
+
+def test_curvature_stays_float32_when_the_state_of_a_half_precision_model_is_loaded() -> None:
+    model = nn.Linear(4, 3).bfloat16()
+    optimizer = FOOF(model, refresh_interval=1, inverse_interval=1)
+    for _ in range(2):
+        backward(model, torch.randn(6, 4, dtype=torch.bfloat16))
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        (said,) = optimizer.preconditioners()
+        assert isinstance(said.curvature, KroneckerRight)
+        assert said.curvature.factor.dtype == torch.float32
+
+
+def test_no_parameters_are_an_error(layer: nn.Linear) -> None:
+    with pytest.raises(ValueError, match="empty parameter list"):
+        FOOF(layer, [])
+
+
+def test_hooks_go_with_the_optimizer(layer: nn.Linear) -> None:
+    optimizer = FOOF(layer)
+    assert len(layer._forward_pre_hooks) == 1
+    del optimizer
+    assert len(layer._forward_pre_hooks) == 0
 
 
 def test_no_damping_and_a_singular_factor_is_an_error(layer: nn.Linear) -> None:
@@ -179,8 +258,6 @@ def test_state_dict_round_trip(x: Tensor) -> None:
         backward(first, x)
         one.step()
     second = copy.deepcopy(first)
-    for module in second.modules():
-        module._forward_pre_hooks.clear()
     two = FOOF(second, **options)  # type: ignore[arg-type]
     two.load_state_dict(one.state_dict())
     for _ in range(4):

@@ -1,5 +1,7 @@
 """FOOF's matrix against curvlinops, and what may never enter it."""
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -158,9 +160,13 @@ class TestWhatNeverEnters:
         model[0].register_forward_pre_hook(lambda *_: calls.append(1))
         checkpoint(model, x, use_reentrant=False).sum().backward()
         assert len(calls) == 2, "the checkpoint must have run the layer twice"
-        with_ones = torch.cat([x, torch.ones(4, 1)], dim=1)
         assert estimator._watched[0].count == 4
-        torch.testing.assert_close(estimator.collect()[estimator.blocks[0]], with_ones.T @ with_ones / 4)
+        torch.testing.assert_close(estimator.collect()[estimator.blocks[0]], with_ones(x).T @ with_ones(x) / 4)
+
+    def test_a_layer_in_a_reentrant_checkpoint(self, model: nn.Sequential) -> None:
+        estimator = InputCovariance(model)
+        checkpoint(model, torch.randn(4, 3, requires_grad=True), use_reentrant=True).sum().backward()
+        assert estimator.collect() == {}
 
     def test_after_detach(self, model: nn.Sequential) -> None:
         estimator = InputCovariance(model)
@@ -200,13 +206,63 @@ def test_frozen_parameters_belong_to_no_block() -> None:
     assert [len(moment) for moment in estimator.collect().values()] == [3, 4]
 
 
+def with_ones(x: Tensor) -> Tensor:
+    return torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+
+
 def test_factors_stay_float32_under_autocast() -> None:
-    layer = nn.Linear(4, 2)
-    estimator = InputCovariance(layer)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    estimator = InputCovariance(model)
     x = torch.randn(8, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        layer(x)
+        hidden = model[0](x)
+        assert hidden.dtype == torch.bfloat16
+        estimator.collect()
+        model(x)
+    first, second = estimator.collect().values()
+    assert first.dtype == second.dtype == torch.float32
+    torch.testing.assert_close(first, with_ones(x).T @ with_ones(x) / 8)
+    torch.testing.assert_close(second, with_ones(hidden.float()).T @ with_ones(hidden.float()) / 8)
+
+
+def test_a_layer_called_by_keyword() -> None:
+    layer = nn.Linear(2, 1)
+    estimator = InputCovariance(layer)
+    x = torch.randn(3, 2)
+    layer(input=x)
     (moment,) = estimator.collect().values()
-    with_ones = torch.cat([x, torch.ones(8, 1)], dim=1)
-    assert moment.dtype == torch.float32
-    torch.testing.assert_close(moment, with_ones.T @ with_ones / 8)
+    torch.testing.assert_close(moment, with_ones(x).T @ with_ones(x) / 3)
+
+
+def test_copies_of_the_model_are_not_measured_and_the_model_can_be_saved() -> None:
+    model = nn.Sequential(nn.Linear(2, 1))
+    estimator = InputCovariance(model)
+    copy.deepcopy(model)(torch.randn(3, 2))
+    pickle.loads(pickle.dumps(model))(torch.randn(3, 2))
+    assert estimator.collect() == {}
+    model(torch.randn(3, 2))
+    assert len(estimator.collect()) == 1
+
+
+def test_hooks_go_with_the_estimator() -> None:
+    layer = nn.Linear(2, 1)
+    for _ in range(3):
+        estimator = InputCovariance(layer)
+    assert len(layer._forward_pre_hooks) == 1
+    del estimator
+    assert len(layer._forward_pre_hooks) == 0
+
+
+def test_a_module_under_two_names_is_left_out() -> None:
+    model = nn.Module()
+    model.one = nn.Linear(2, 2)
+    model.two = model.one
+    with pytest.warns(UserWarning, match=r"one \(shared parameter\)"):
+        assert InputCovariance(model).blocks == []
+
+
+def test_a_bias_shared_by_layers_with_their_own_weights_leaves_them_out() -> None:
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    two.bias = one.bias
+    with pytest.warns(UserWarning, match="shared parameter"):
+        assert InputCovariance(nn.Sequential(one, two)).blocks == []

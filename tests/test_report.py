@@ -19,7 +19,8 @@ def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for server_round, accuracy in enumerate((0.1, 0.9, 0.8)):
         tested = {"test-accuracy": accuracy, "test-loss": 1.0, "uplink-bytes": 2_000_000 * bool(server_round)}
         report.add_round(server_round, tested | ({"train-loss": 0.5} if server_round else {}))
-    state = {"w": torch.arange(6.0).reshape(2, 3).T}
+    weight = torch.arange(6.0).reshape(2, 3).T
+    state = {"w": weight, "tied": weight}
     report.finish(state)
 
     folder = report.folder
@@ -42,6 +43,13 @@ def test_rounds_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
     report = RunReport(Config(output=str(tmp_path)))
     report.add_round(0, {"test-accuracy": 0.5, "test-loss": 1.0, "uplink-bytes": 0})
     assert len(json.loads((tmp_path / "metrics.json").read_text())) == 1
+
+
+def test_a_loss_that_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
+    report = RunReport(Config(output=str(tmp_path)))
+    report.add_round(0, {"test-accuracy": 0.5, "test-loss": float("nan"), "uplink-bytes": 0})
+    assert "NaN" not in (tmp_path / "metrics.json").read_text()
+    assert json.loads((tmp_path / "metrics.json").read_text())[0]["test-loss"] is None
 
 
 def test_the_default_folder_is_named_after_time_and_algorithm(
