@@ -7,12 +7,12 @@ import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .config import Config
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PREFIX = "fedpm | "
 """Starts every line that a run prints, so that it can be told from Flower's own."""
@@ -50,9 +50,13 @@ class RunReport:
         self._write_rows()
         self._say(self._line(row))
 
-    def finish(self, state: Mapping[str, Tensor]) -> None:
+    def finish(self, state: "Mapping[str, Tensor]") -> None:
         """Write the model and the plot, print the summary."""
         # Copies: safetensors refuses tensors that share memory, as tied weights do.
+        # Imported here: what only watches a run, as scripts/simulate.py does, need not wait for torch.
+        import torch
+        from safetensors.torch import save_file
+
         copies = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
         save_file(copies, self.folder / "model.safetensors")
         plot_curves(self.rows, f"{self._config.algorithm} on {self._config.dataset}", self.folder / "curves.png")

@@ -9,7 +9,9 @@ flower.log of the output folder), and exits 0 only if Flower says that the run c
 
 import argparse
 import json
+import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -44,7 +46,7 @@ def main() -> int:
     )
     parser.add_argument("--nodes", type=int, default=10, help="virtual clients (default: 10)")
     parser.add_argument("--cpus", type=int, default=1, help="CPU cores for each client (default: 1)")
-    parser.add_argument("--gpus", type=float, default=0.0, help="share of a GPU for each client (default: 0)")
+    parser.add_argument("--gpus", type=float, help="share of a GPU for each client (default: an equal one)")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     try:
@@ -90,9 +92,10 @@ def _simulate(config: Config, arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="fedpm-flwr-") as home, _superlink(Path(home)) as environment:
         settings = Path(home) / "run-config.toml"
         settings.write_text(config.to_toml())
+        gpus = _gpu_share(config.device, arguments.cpus) if arguments.gpus is None else arguments.gpus
         federation = (
             f"num-supernodes={arguments.nodes} client-resources-num-cpus={arguments.cpus} "
-            f"client-resources-num-gpus={arguments.gpus}"
+            f"client-resources-num-gpus={gpus}"
         )
         command = ["flwr", "run", str(_CHECKOUT), "--stream", "--run-config", str(settings)]
         log = _follow([*command, "--federation-config", federation], environment, output / "flower.log")
@@ -102,6 +105,16 @@ def _simulate(config: Config, arguments: argparse.Namespace) -> int:
     print("".join(log[-_TAIL_LINES:]), file=sys.stderr)
     print(f"{PREFIX}the run did not complete ({status}); all of the log: {output / 'flower.log'}", file=sys.stderr)
     return 1
+
+
+def _gpu_share(device: str, cpus: int) -> float:
+    """A client's share of a GPU if as many run at once as there are cores for; without one Ray hides them."""
+    if not device.startswith(("auto", "cuda")) or shutil.which("nvidia-smi") is None:
+        return 0.0
+    import torch
+
+    at_once = max((os.cpu_count() or 1) // cpus, 1)
+    return min(math.floor(torch.cuda.device_count() / at_once * 1e4) / 1e4, 1.0)  # Ray keeps 4 decimals
 
 
 def _follow(command: list[str], environment: dict[str, str], log_file: Path) -> list[str]:
