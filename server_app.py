@@ -26,14 +26,14 @@ def main(grid: Grid, context: Context) -> None:
     model = build_model(config.model, split.input_shape, split.classes, config.seed).to(device)
     test_batches = loader(split.test, _EVALUATION_BATCH)
     report = RunReport(config)
-    from_clients: dict[str, int | float] = {"uplink-bytes": 0, "clients": 0}
+    from_clients: dict[str, int | float] = {}
 
     def evaluate_global_model(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
         loss, accuracy = evaluate(model, test_batches, F.cross_entropy, device)
         tested = {"test-accuracy": accuracy, "test-loss": loss}
-        report.add_round(server_round, tested | from_clients)
-        from_clients.update({"uplink-bytes": 0, "clients": 0})
+        report.add_round(server_round, {"uplink-bytes": 0, "clients": 0} | from_clients | tested)
+        from_clients.clear()
         return MetricRecord({**tested})
 
     strategy = get_algorithm(config.algorithm).strategy(config)
@@ -42,8 +42,8 @@ def main(grid: Grid, context: Context) -> None:
     def note_train_metrics(replies: list[RecordDict], weighted_by: str) -> MetricRecord:
         uplink = sum(messages.count_bytes(reply) for reply in replies)
         averaged = average(replies, weighted_by)
-        from_clients.update({"uplink-bytes": uplink, "clients": len(replies)})
         from_clients.update({key: value for key, value in averaged.items() if not isinstance(value, list)})
+        from_clients.update({"uplink-bytes": uplink, "clients": len(replies)})
         return averaged
 
     strategy.train_metrics_aggr_fn = note_train_metrics
@@ -54,6 +54,6 @@ def main(grid: Grid, context: Context) -> None:
             num_rounds=config.num_server_rounds,
             evaluate_fn=evaluate_global_model,
         )
-    if not result.train_metrics_clientapp:
+    if not result.arrays:
         raise RuntimeError("no round had a usable reply; the log says what was wrong with each")
     report.finish(model.state_dict())

@@ -72,7 +72,8 @@ class InlineGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
-        return list(self._contexts)
+        """All nodes, in no particular order."""
+        return self._random.sample(list(self._contexts), len(self._contexts))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Run each message's ClientApp; returns the messages' IDs."""

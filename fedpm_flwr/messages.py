@@ -7,7 +7,7 @@ ClientApp is LocalNewton under FedAvg and FedPM under FedPM.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -15,7 +15,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from .curvature import LayerCurvature
+from .curvature import CurvatureError, LayerCurvature, to_matrix
 from .wire import decode, encode
 
 ARRAYS = "arrays"
@@ -28,6 +28,9 @@ SERVER_ROUND = "server-round"
 CURVATURE_CODEC = "curvature-codec"
 """In the request's config: the codec that curvature shall travel in; absent: send none."""
 PAYLOAD = "payload"
+
+_MAX_WEIGHT = 2**53
+"""The largest number up to which a float64 tells whole numbers apart."""
 
 PARTITION_ID = "partition-id"
 NUM_PARTITIONS = "num-partitions"
@@ -57,8 +60,10 @@ class Update:
 
 def asked_codec(message: Message) -> str | None:
     """The codec in which the server wants curvature, or None if it wants none."""
-    codec = message.content.config_records.get(CONFIG, ConfigRecord()).get(CURVATURE_CODEC)
-    return None if codec is None else str(codec)
+    for config in message.content.config_records.values():  # under whatever name the strategy sends it
+        if CURVATURE_CODEC in config:
+            return str(config[CURVATURE_CODEC])
+    return None
 
 
 def curvature_record(optimizer: Preconditioned, request: Message) -> ConfigRecord:
@@ -118,6 +123,24 @@ def count_bytes(content: RecordDict) -> int:
     return sum(record.count_bytes() for record in records)
 
 
+def with_common_metrics(contents: Sequence[RecordDict]) -> list[RecordDict]:
+    """Replies with the metrics that all of them have, as numbers or as lists of equal length, and no others.
+
+    Each must hold one MetricRecord. Flower's aggregation needs this, and stops the run without it.
+    """
+    forms = [
+        {key: len(value) if isinstance(value, list) else None for key, value in record.items()}
+        for content in contents
+        for record in content.metric_records.values()
+    ]
+    common = [key for key, form in forms[0].items() if all(key in other and other[key] == form for other in forms)]
+    kept = []
+    for content in contents:
+        ((name, record),) = content.metric_records.items()
+        kept.append(RecordDict({**content, name: MetricRecord({key: record[key] for key in common})}))
+    return kept
+
+
 def read_update(
     reply: Message,
     theta: Mapping[str, Tensor],
@@ -158,9 +181,9 @@ def _read_state(content: RecordDict, theta: Mapping[str, Tensor]) -> dict[str, T
             raise ReplyError(f"array {key!r} cannot be read: {error}") from error
         if new.shape != old.shape or new.is_floating_point() != old.is_floating_point():
             raise ReplyError(f"array {key!r} is {new.dtype} {list(new.shape)}, not {old.dtype} {list(old.shape)}")
-        if new.is_floating_point() and not torch.isfinite(new).all():
-            raise ReplyError(f"array {key!r} is not finite")
-        state[key] = new
+        state[key] = new.to(old.dtype)
+        if not torch.isfinite(state[key]).all():
+            raise ReplyError(f"array {key!r} is not finite in {old.dtype}")
     return state
 
 
@@ -179,7 +202,17 @@ def _read_layers(
             raise ReplyError(
                 f"its curvature: layer {layer.block.name!r}: damping {layer.damping} is not in [{low}, {high}]"
             )
+        _check_positive_definite(layer, theta)
     return layers
+
+
+def _check_positive_definite(layer: LayerCurvature, theta: Mapping[str, Tensor]) -> None:
+    """One client's indefinite P could make the sum singular, or nearly so, for everyone."""
+    nothing = to_matrix([torch.zeros(theta[key].shape, dtype=torch.float64) for key in layer.block.parameters])
+    try:
+        layer.curvature.to(torch.float64).damped(layer.damping).solve(nothing)
+    except CurvatureError as error:
+        raise ReplyError(f"its curvature: layer {layer.block.name!r}: {error}") from error
 
 
 def _read_weight(content: RecordDict, weighted_by: str) -> float:
@@ -187,6 +220,6 @@ def _read_weight(content: RecordDict, weighted_by: str) -> float:
     if len(records) != 1:
         raise ReplyError(f"it holds {len(records)} MetricRecords, not 1")
     weight = records[0].get(weighted_by)
-    if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
-        raise ReplyError(f"{weighted_by!r} is {weight!r}, not a finite number > 0")
+    if not isinstance(weight, int | float) or not 0 < weight <= _MAX_WEIGHT:
+        raise ReplyError(f"{weighted_by!r} is {weight!r}, not a number > 0 and <= 2**53")
     return float(weight)

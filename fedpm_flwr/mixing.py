@@ -55,14 +55,11 @@ class LayerMixer:
         """(Σ wᵢ Pᵢ)⁻¹ Σ wᵢ Pᵢ (θᵢ − θ), [rows, columns].
 
         Raises:
-            CurvatureError: no client was added, or Σ wᵢ Pᵢ is not positive definite, or the step not finite.
+            CurvatureError: no client was added, or Σ wᵢ Pᵢ is not positive definite.
         """
         if self._total is None or self._moved is None:
             raise CurvatureError("there is no client to mix")
-        step = self._total.solve(self._moved)
-        if not torch.isfinite(step).all():
-            raise CurvatureError("the mixed step is not finite")
-        return step
+        return self._total.solve(self._moved)
 
 
 class ModelMixer:
@@ -99,8 +96,8 @@ class ModelMixer:
         """θ⁺ = θ + η_s · step; at least one client must have been added.
 
         Raises:
-            CurvatureError: no client was added; or Σ wᵢ Pᵢ of a layer, which is named, is not positive
-                definite, or its step not finite.
+            CurvatureError: no client was added, Σ wᵢ Pᵢ of a layer is not positive definite, or a
+                result is not finite; names the layer or parameter.
         """
         if not self._weight:
             raise CurvatureError("there is no client to mix")
@@ -109,7 +106,11 @@ class ModelMixer:
             share = mixer.weight / self._weight
             for key, step in zip(block.parameters, self._layer_steps(block, mixer), strict=True):
                 steps[key] = steps[key] + share * step if key in steps else share * step
-        return {key: _moved(old, server_learning_rate * steps[key]) for key, old in self._theta.items()}
+        mixed = {key: _moved(old, server_learning_rate * steps[key]) for key, old in self._theta.items()}
+        for key, value in mixed.items():
+            if not torch.isfinite(value).all():
+                raise CurvatureError(f"the mixed {key!r} is not finite")
+        return mixed
 
     def _layer_steps(self, block: Block, mixer: LayerMixer) -> list[Tensor]:
         try:

@@ -41,11 +41,12 @@ class RunReport:
     def add_round(self, server_round: int, metrics: Mapping[str, int | float]) -> None:
         """Keep and print one round's metrics; round 0 is the initial model.
 
-        ``metrics`` must hold test-accuracy, test-loss and uplink-bytes (of all clients together).
+        ``metrics`` must hold test-accuracy, test-loss, clients (how many replies were used) and
+        uplink-bytes (of all of these together).
         """
         now = time.monotonic()
         seconds, self._round_started = now - self._round_started, now
-        row: Row = {"round": server_round, **metrics, "seconds": round(seconds, 3)}
+        row: Row = {**metrics, "round": server_round, "seconds": round(seconds, 3)}
         self.rows.append(row)
         self._write_rows()
         self._say(self._line(row))
@@ -81,11 +82,15 @@ class RunReport:
         rounds = self._config.num_server_rounds
         done = row["round"]
         left = seconds_left(self.rows, rounds)
-        return (
-            f"round {done:>{len(str(rounds))}}/{rounds}  accuracy {row['test-accuracy']:.4f}  "
-            f"loss {row['test-loss']:.4f}  uplink {row['uplink-bytes'] / _MEGABYTE:.2f} MB  "
-            f"{row['seconds']:.1f} s" + (f"  {left:.0f} s left" if left is not None else "")
-        )
+        parts = [
+            f"round {done:>{len(str(rounds))}}/{rounds}",
+            f"accuracy {row['test-accuracy']:.4f}",
+            f"loss {row['test-loss']:.4f}",
+            f"clients {row['clients']}",
+            f"uplink {row['uplink-bytes'] / _MEGABYTE:.2f} MB",
+            f"{row['seconds']:.1f} s",
+        ]
+        return "  ".join(parts if left is None else [*parts, f"{left:.0f} s left"])
 
     @staticmethod
     def _say(line: str) -> None:

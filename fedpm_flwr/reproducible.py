@@ -1,6 +1,8 @@
 """The same run from the same seed, under any strategy, whatever Flower's random node IDs are."""
 
+import logging
 import random
+from collections import Counter
 from collections.abc import Iterable
 
 from flwr.app import Message, MetricRecord, RecordDict
@@ -9,18 +11,21 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from . import messages
+from .report import PREFIX
 
 _QUERY_TIMEOUT_S = 600.0
+_MAX_TRIES = 3
+_log = logging.getLogger("flwr")
 
 
 class PartitionOrderedGrid(Grid):
-    """A Grid that shows nodes, and hands over replies, in the order of the nodes' partitions.
+    """A Grid whose node IDs, and replies to ``send_and_receive``, are in the order of the nodes' partitions.
 
     Node IDs are random, replies arrive in any order, and Flower samples nodes with Python's global
-    generator. Here each node is asked once for its partition, nodes and replies are sorted by it
-    (nodes that do not say come last, by ID), and the global generator is seeded, from the seed and
-    the number of exchanges so far, whenever a strategy looks up nodes to sample from. Sampling and
-    the order of summation are then functions of the seed.
+    generator. Here each new node is asked for its partition (three times, if it does not say), nodes
+    and replies are sorted by it (the silent ones last, by ID), and the global generator is seeded,
+    from the seed and the number of exchanges so far, whenever a strategy looks up nodes to sample
+    from. Sampling and the order of summation are then functions of the seed.
 
     Clients answer the question with ``messages.partition_reply``.
     """
@@ -29,7 +34,8 @@ class PartitionOrderedGrid(Grid):
         self._grid = grid
         self._seed = seed
         self._exchanges = 0
-        self._partitions: dict[int, int | None] = {}
+        self._partitions: dict[int, int] = {}
+        self._tries: Counter[int] = Counter()
 
     def set_run(self, run: Run) -> None:
         self._grid.set_run(run)
@@ -49,7 +55,7 @@ class PartitionOrderedGrid(Grid):
     def get_node_ids(self) -> list[int]:
         """All nodes in the order of their partitions; seeds Python's global generator."""
         nodes = list(self._grid.get_node_ids())
-        self._ask([node for node in nodes if node not in self._partitions])
+        self._ask([n for n in nodes if n not in self._partitions and self._tries[n] < _MAX_TRIES])
         random.seed(f"{self._seed}/{self._exchanges}")
         return sorted(nodes, key=self._place)
 
@@ -75,10 +81,18 @@ class PartitionOrderedGrid(Grid):
         queries = [
             Message(RecordDict(), dst_node_id=node, message_type=messages.PARTITION_QUERY) for node in nodes
         ]
-        self._partitions.update(dict.fromkeys(nodes))
+        self._tries.update(nodes)
         for reply in self._grid.send_and_receive(queries, timeout=_QUERY_TIMEOUT_S):
             if reply.has_content():
                 metrics = reply.content.metric_records.get(messages.METRICS, MetricRecord())
                 answer = metrics.get(messages.PARTITION_ID)
                 if isinstance(answer, int):
                     self._partitions[reply.metadata.src_node_id] = answer
+        self._warn(nodes)
+
+    def _warn(self, nodes: list[int]) -> None:
+        silent = [node for node in nodes if node not in self._partitions and self._tries[node] == _MAX_TRIES]
+        if silent:
+            _log.warning("%s%d nodes do not say their partition: results depend on node IDs", PREFIX, len(silent))
+        if len(set(self._partitions.values())) < len(self._partitions):
+            _log.warning("%sseveral nodes hold the same partition: results depend on node IDs", PREFIX)

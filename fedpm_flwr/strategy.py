@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
@@ -15,6 +15,7 @@ from .config import WEIGHTINGS
 from .curvature import CurvatureError
 from .messages import ReplyError, Update, read_update
 from .mixing import ModelMixer
+from .report import PREFIX
 from .wire import get_codec
 
 _log = logging.getLogger("flwr")
@@ -28,6 +29,7 @@ class FedPM(FedAvg):
     A layer that no client sends curvature for is averaged. A client that sends none for a layer
     counts there as if it had the mean curvature of the others. A reply that cannot be used is left
     out with one warning that says why; a round without a usable reply leaves the model as it is.
+    Metrics are aggregated where all replies have them in the same form.
 
     Args:
         server_learning_rate: η_s > 0.
@@ -56,6 +58,9 @@ class FedPM(FedAvg):
             raise ValueError(f"server_learning_rate must be a finite number > 0, not {server_learning_rate}")
         if weighting not in WEIGHTINGS:
             raise ValueError(f"unknown weighting {weighting!r}; allowed: {', '.join(WEIGHTINGS)}")
+        low, high = damping_bounds
+        if not 0 <= low <= high:
+            raise ValueError(f"damping_bounds must be 0 <= low <= high, not {damping_bounds}")
         get_codec(codec)
         self.server_learning_rate = server_learning_rate
         self.codec = codec
@@ -85,26 +90,39 @@ class FedPM(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Mix the usable replies, in the order in which they are given."""
         mixer = ModelMixer(self._theta)
-        contents, left_out = [], 0
+        contents: list[RecordDict] = []
+        curved = False
         for reply in replies:
             try:
                 update = self._read(reply)
             except ReplyError as error:
-                left_out += 1
-                _log.warning("round %d: left out the reply of node %d: %s", server_round, _node(reply), error)
+                node = reply.metadata.src_node_id
+                _log.warning("%sround %d: left out the reply of node %d: %s", PREFIX, server_round, node, error)
                 continue
             mixer.add(update.state, update.layers, self._weight(update))
             contents.append(reply.content)
-        _log.info("aggregate_train: Mixed %d results, left out %d", len(contents), left_out)
+            curved = curved or bool(update.layers)
+        _log.info("aggregate_train: Mixed %d results", len(contents))
         if not contents:
             return None, None
-        metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
+        if not curved:
+            _log.warning("%sround %d: no reply held curvature; models are averaged", PREFIX, server_round)
+        return self._mix(server_round, mixer), self._aggregate_metrics(server_round, contents)
+
+    def _mix(self, server_round: int, mixer: ModelMixer) -> ArrayRecord | None:
         try:
-            mixed = mixer.result(self.server_learning_rate)
+            return ArrayRecord(mixer.result(self.server_learning_rate))
         except CurvatureError as error:
-            _log.error("round %d: the model stays as it was: %s", server_round, error)
-            return None, metrics
-        return ArrayRecord(mixed), metrics
+            _log.error("%sround %d: the model stays as it was: %s", PREFIX, server_round, error)
+            return None
+
+    def _aggregate_metrics(self, server_round: int, contents: list[RecordDict]) -> MetricRecord | None:
+        """What ``train_metrics_aggr_fn`` makes of the metrics that all replies have in the same form."""
+        try:
+            return self.train_metrics_aggr_fn(messages.with_common_metrics(contents), self.weighted_by_key)
+        except Exception as error:  # the user's own function; metrics are not worth losing a round for
+            _log.warning("%sround %d: metrics could not be aggregated: %r", PREFIX, server_round, error)
+            return None
 
     def _read(self, reply: Message) -> Update:
         return read_update(
@@ -117,7 +135,3 @@ class FedPM(FedAvg):
 
     def _weight(self, update: Update) -> float:
         return update.num_examples if self.weighting == "num-examples" else 1.0
-
-
-def _node(reply: Message) -> int:
-    return reply.metadata.src_node_id

@@ -34,7 +34,7 @@ from fedpm_flwr.report import PREFIX
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _SUPERLINK_START_S = 60
-_STOP_S = 20
+_STOP_S = 5
 _TAIL_LINES = 40
 
 
@@ -50,21 +50,32 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     try:
+        _check(arguments)
         config = _config(arguments.settings, arguments.nodes)
     except ConfigError as error:
         print(f"{PREFIX}{error}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:
         return _simulate(config, arguments)
     except KeyboardInterrupt:
-        print(f"{PREFIX}stopped; what there is, is in {config.output}", file=sys.stderr)
         return 128 + signal.SIGINT
+    except OSError as error:
+        print(f"{PREFIX}{error}", file=sys.stderr)
+        return 1
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name, least in (("nodes", 1), ("cpus", 1), ("gpus", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name}={value} is not allowed; allowed: >= {least}")
+    if arguments.cpus > (os.cpu_count() or 1):
+        raise ConfigError(f"--cpus={arguments.cpus} is not allowed; this machine has {os.cpu_count()}")
 
 
 def _config(settings: list[str], nodes: int) -> Config:
-    if nodes < 1:
-        raise ConfigError(f"--nodes={nodes} is not allowed; allowed: whole number >= 1")
     values: dict[str, Any] = {"min-available-nodes": nodes}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -72,6 +83,8 @@ def _config(settings: list[str], nodes: int) -> Config:
             raise ConfigError(f"{setting!r} is not of the form KEY=VALUE")
         values[key] = _toml_value(text)
     config = Config.from_run_config(values)
+    if config.min_available_nodes > nodes:
+        raise ConfigError(f"min-available-nodes={config.min_available_nodes}, but there are {nodes} --nodes")
     if not config.output:
         folder = _CHECKOUT / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{config.algorithm}"
         config = Config.from_run_config({**config.to_run_config(), "output": str(folder)})
@@ -127,12 +140,21 @@ def _follow(command: list[str], environment: dict[str, str], log_file: Path) -> 
         ) as process,
     ):
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            log.write(line)
-            if line.startswith(PREFIX):
-                print(line, end="", flush=True)
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                log.write(line)
+                if _is_ours(line):
+                    print(line, end="", flush=True)
+        except BaseException:
+            process.terminate()
+            raise
     return lines
+
+
+def _is_ours(line: str) -> bool:
+    """Whether a line of Flower's log is the application's: progress, or a warning of the library."""
+    return PREFIX in line or ("UserWarning" in line and "fedpm_flwr" in line)
 
 
 def _run_status(environment: dict[str, str]) -> str:
@@ -150,7 +172,8 @@ def _run_status(environment: dict[str, str]) -> str:
 def _superlink(home: Path) -> Iterator[dict[str, str]]:
     """A SuperLink of our own, in simulation mode; yields the environment that ``flwr`` finds it in."""
     port, control_port = _free_ports(2)
-    environment = os.environ | {
+    inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}  # no other cluster
+    environment = inherited | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "FLWR_HOME": str(home),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
@@ -201,8 +224,14 @@ def _stop(process: subprocess.Popen[bytes], home: Path) -> None:
     Ray's processes may have lost their parent by then, so they are known by the FLWR_HOME that they
     inherited, which is this run's own.
     """
-    process.terminate()
-    _, alive = psutil.wait_procs(_family(home), timeout=_STOP_S)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # stopping half would leave the other half behind
+    if sys.exc_info()[0] is not None:
+        print(f"{PREFIX}stopping", file=sys.stderr, flush=True)
+    for one in (family := _family(home)):
+        with suppress(psutil.NoSuchProcess):
+            one.terminate()
+    _, alive = psutil.wait_procs(family, timeout=_STOP_S)
     for one in alive + _family(home):
         with suppress(psutil.NoSuchProcess):
             one.kill()

@@ -238,7 +238,7 @@ def test_no_client_and_no_finite_step_are_errors() -> None:
     huge = ModelMixer({"w": torch.zeros(1, 1, dtype=torch.float64)})
     curvature = KroneckerRight(torch.full((1, 1), 1e308, dtype=torch.float64))
     huge.add({"w": torch.full((1, 1), 100.0)}, [LayerCurvature(Block("l", ("w",)), curvature, 0.0)], 1.0)
-    with pytest.raises(CurvatureError, match="layer 'l': the mixed step is not finite"):
+    with pytest.raises(CurvatureError, match="the mixed 'w' is not finite"):
         huge.result()
 
 

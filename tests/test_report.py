@@ -17,7 +17,8 @@ def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     config = Config(output=str(tmp_path / "deep" / "run"), num_server_rounds=2)
     report = RunReport(config)
     for server_round, accuracy in enumerate((0.1, 0.9, 0.8)):
-        tested = {"test-accuracy": accuracy, "test-loss": 1.0, "uplink-bytes": 2_000_000 * bool(server_round)}
+        tested = {"test-accuracy": accuracy, "test-loss": 1.0, "clients": 3, "round": 99}
+        tested["uplink-bytes"] = 2_000_000 * bool(server_round)
         report.add_round(server_round, tested | ({"train-loss": 0.5} if server_round else {}))
     weight = torch.arange(6.0).reshape(2, 3).T
     state = {"w": weight, "tied": weight}
@@ -35,19 +36,19 @@ def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("fedpm | ") for line in lines)
-    assert "round 1/2  accuracy 0.9000  loss 1.0000  uplink 2.00 MB" in lines[2]
+    assert "round 1/2  accuracy 0.9000  loss 1.0000  clients 3  uplink 2.00 MB" in lines[2]
     assert "test accuracy 0.8000 (best 0.9000 in round 1), uplink 4.0 MB" in lines[4]
 
 
 def test_rounds_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
     report = RunReport(Config(output=str(tmp_path)))
-    report.add_round(0, {"test-accuracy": 0.5, "test-loss": 1.0, "uplink-bytes": 0})
+    report.add_round(0, {"test-accuracy": 0.5, "test-loss": 1.0, "clients": 0, "uplink-bytes": 0})
     assert len(json.loads((tmp_path / "metrics.json").read_text())) == 1
 
 
 def test_a_loss_that_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
     report = RunReport(Config(output=str(tmp_path)))
-    report.add_round(0, {"test-accuracy": 0.5, "test-loss": float("nan"), "uplink-bytes": 0})
+    report.add_round(0, {"test-accuracy": 0.5, "test-loss": float("nan"), "clients": 0, "uplink-bytes": 0})
     assert "NaN" not in (tmp_path / "metrics.json").read_text()
     assert json.loads((tmp_path / "metrics.json").read_text())[0]["test-loss"] is None
 

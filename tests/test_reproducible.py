@@ -1,5 +1,6 @@
 """Same seed, same result: whatever the node IDs, whatever order replies arrive in."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -71,7 +72,28 @@ def test_sampling_changes_with_the_seed_and_from_round_to_round() -> None:
     assert len(rounds) > 1
 
 
-def test_clients_that_do_not_say_their_partition_still_train() -> None:
+def test_clients_that_do_not_say_their_partition_still_train(caplog: pytest.LogCaptureFixture) -> None:
     state, trained = run(FedPM, node_seed=1, seed=5, answers=False)
+    assert caplog.text.count("9 nodes do not say their partition") == 1
     assert sorted(trained) == sorted(list(range(9)) * 4)
     assert set(state) == {"weight", "bias"}
+
+
+def test_a_node_that_does_not_answer_at_first_is_asked_again() -> None:
+    app, asked = ClientApp(), Counter[int]()
+    inner = regression_client(data, make_model, lr=0.5, damping=0.1)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return inner(message, context)
+
+    @app.query(messages.PARTITION_ACTION)
+    def partition(message: Message, context: Context) -> Message:
+        number = messages.partition_of(context)[0]
+        asked[number] += 1
+        if number == 2 and asked[number] == 1:
+            raise OSError("not now")
+        return messages.partition_reply(message, context)
+
+    federate(app, FedPM(), make_model(), 4, wrap=lambda grid: PartitionOrderedGrid(grid, 0))
+    assert asked == {0: 1, 1: 1, 2: 2, 3: 1}

@@ -87,16 +87,18 @@ def test_a_failed_run_does_not_exit_0_and_says_why(tmp_path: Path) -> None:
     assert left_behind(mark) == []
 
 
-def test_a_stopped_run_leaves_no_process_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_run_leaves_no_process_behind(number: signal.Signals, tmp_path: Path) -> None:
     process, mark = start("--nodes", "2", f"output={tmp_path}", "num-server-rounds=500")
     assert process.stdout is not None
     for line in process.stdout:
         if "round   1/500" in line:
             break
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
+    time.sleep(0.5)
+    process.send_signal(number)  # by an impatient hand
     process.communicate(timeout=_LIMIT_S)
-    assert process.returncode == 128 + signal.SIGTERM
-    time.sleep(1)
+    assert process.returncode == 128 + number
     assert left_behind(mark) == []
     assert (tmp_path / "metrics.csv").stat().st_size > 0
 
@@ -108,6 +110,8 @@ def test_a_stopped_run_leaves_no_process_behind(tmp_path: Path) -> None:
         ("alpha=0", "alpha=0.0 is not allowed; allowed: number > 0"),
         ("alpha", "'alpha' is not of the form KEY=VALUE"),
         ("--nodes=0", "--nodes=0 is not allowed"),
+        ("--cpus=999", "--cpus=999 is not allowed"),
+        ("min-available-nodes=11", "min-available-nodes=11, but there are 10 --nodes"),
     ],
 )
 def test_a_wrong_setting_is_refused_before_anything_starts(argument: str, message: str) -> None:

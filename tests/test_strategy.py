@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,11 @@ def good_client() -> ClientApp:
     return regression_client(data, make_model, lr=0.5, damping=0.1)
 
 
-def curvature_of(side: int = 3, damping: float = 0.1, value: float = 1.0) -> ConfigRecord:
-    layer = LayerCurvature(Block("", ("weight", "bias")), KroneckerRight(value * torch.eye(side)), damping)
+def curvature_of(
+    side: int = 3, damping: float = 0.1, value: float = 1.0, off_diagonal: float = 0.0
+) -> ConfigRecord:
+    factor = value * torch.eye(side) + off_diagonal * (torch.ones(side, side) - torch.eye(side))
+    layer = LayerCurvature(Block("", ("weight", "bias")), KroneckerRight(factor), damping)
     return ConfigRecord({messages.PAYLOAD: encode([layer], "triangle-float32")})
 
 
@@ -58,6 +62,10 @@ def swapped(arrays: ArrayRecord, key: str, value: Tensor) -> ArrayRecord:
     return ArrayRecord({**arrays.to_torch_state_dict(), key: value})
 
 
+def filled(arrays: ArrayRecord, value: float) -> ArrayRecord:
+    return ArrayRecord({key: torch.full_like(old, value) for key, old in arrays.to_torch_state_dict().items()})
+
+
 def raising(message: Message, arrays: ArrayRecord) -> Message:
     raise RuntimeError("the disk is on fire")
 
@@ -71,6 +79,10 @@ BROKEN: dict[str, tuple[Breaking, str]] = {
     "no examples": (lambda m, a: reply_with(m, a, {"loss": 1.0}), "'num-examples' is None"),
     "zero examples": (lambda m, a: reply_with(m, a, {"num-examples": 0}), "'num-examples' is 0"),
     "negative examples": (lambda m, a: reply_with(m, a, {"num-examples": -3}), "'num-examples' is -3"),
+    "too many examples": (
+        lambda m, a: reply_with(m, a, {"num-examples": 1e308}),
+        r"not a number > 0 and <= 2\*\*53",
+    ),
     "infinite examples": (lambda m, a: reply_with(m, a, {"num-examples": float("inf")}), "'num-examples' is inf"),
     "two records": (two_array_records, "2 ArrayRecords"),
     "no metrics": (lambda m, a: Message(RecordDict({"arrays": a}), reply_to=m), "0 MetricRecords"),
@@ -89,6 +101,12 @@ BROKEN: dict[str, tuple[Breaking, str]] = {
     "nan": (
         lambda m, a: reply_with(m, swapped(a, "bias", torch.tensor([torch.nan])), {"num-examples": 5}),
         "array 'bias' is not finite",
+    ),
+    "too large for float32": (
+        lambda m, a: reply_with(
+            m, swapped(a, "bias", torch.tensor([1e300], dtype=torch.float64)), {"num-examples": 5}
+        ),
+        "array 'bias' is not finite in torch.float32",
     ),
     "whole numbers": (
         lambda m, a: reply_with(m, swapped(a, "bias", torch.tensor([1])), {"num-examples": 5}),
@@ -114,6 +132,14 @@ BROKEN: dict[str, tuple[Breaking, str]] = {
         lambda m, a: reply_with(m, a, {"num-examples": 5}, curvature=curvature_of(side=2)),
         "side 2, but its parameters need 3",
     ),
+    "curvature is indefinite": (
+        lambda m, a: reply_with(m, a, {"num-examples": 5}, curvature=curvature_of(value=-0.2)),
+        "its curvature: layer '': a matrix of side 3 is not positive definite|negative number on its diagonal",
+    ),
+    "curvature has a lie off its diagonal": (
+        lambda m, a: reply_with(m, a, {"num-examples": 5}, curvature=curvature_of(off_diagonal=1e6)),
+        "its curvature: layer '': a matrix of side 3 is not positive definite",
+    ),
     "damping out of bounds": (
         lambda m, a: reply_with(m, a, {"num-examples": 5}, curvature=curvature_of(damping=1e7)),
         r"damping 10000000.0 is not in \[0.0, 1000000.0\]",
@@ -138,16 +164,83 @@ def test_a_bad_reply_is_left_out_and_the_reason_said(name: str, caplog: pytest.L
 
 
 def test_a_round_without_a_usable_reply_keeps_the_model() -> None:
+    app, good = ClientApp(), good_client()
+    sent: dict[int, dict[str, Tensor]] = {}
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        number = int(message.content.config_records[messages.CONFIG][messages.SERVER_ROUND])  # type: ignore[arg-type]
+        sent[number] = dict(message.content.array_records[messages.ARRAYS].to_torch_state_dict())
+        if number == 2:
+            raise RuntimeError("no")
+        return good(message, context)
+
+    result = federate(app, FedPM(), make_model(), 2, rounds=3)
+    assert not torch.equal(sent[1]["weight"], sent[2]["weight"])
+    assert torch.equal(sent[2]["weight"], sent[3]["weight"])
+    assert set(result.train_metrics_clientapp) == {1, 3}
+
+
+def test_each_round_mixes_against_the_model_that_it_sent() -> None:
+    """With one client and η_s ≠ 1, θ⁺ = θ + η_s (θ₁ − θ), round after round."""
+    strategy = FedPM(server_learning_rate=0.5, min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
+    app, good = ClientApp(), good_client()
+    starts, ends = list[Tensor](), list[Tensor]()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        reply = good(message, context)
+        starts.append(message.content.array_records[messages.ARRAYS].to_torch_state_dict()["weight"])
+        ends.append(reply.content.array_records[messages.ARRAYS].to_torch_state_dict()["weight"])
+        return reply
+
+    federate(app, strategy, make_model(), 1, rounds=3)
+    for before, after, following in zip(starts, ends, starts[1:], strict=False):
+        torch.testing.assert_close(following, before + 0.5 * (after - before))
+
+
+def metric_client(metrics: Callable[[int], dict[str, Any]]) -> ClientApp:
+    """Returns the model as it came, with these metrics."""
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        raise RuntimeError("no")
+        arrays = message.content.array_records[messages.ARRAYS]
+        return reply_with(message, arrays, metrics(messages.partition_of(context)[0]))
 
-    strategy = FedPM()
-    result = federate(app, strategy, make_model(), 2, rounds=2)
-    assert len(result.arrays) == 0  # Flower's Result: nothing was aggregated
-    assert result.train_metrics_clientapp == {}
+    return app
+
+
+def test_metrics_that_only_some_clients_have_are_left_out() -> None:
+    client = metric_client(
+        lambda i: {"num-examples": 1, "loss": float(i), **({"extra": 4.0} if i else {}), "odd": [1.0] * (i + 1)}
+    )
+    result = federate(client, FedPM(), make_model(), 2)
+    assert result.train_metrics_clientapp[1] == MetricRecord({"loss": 0.5})
+
+
+def test_a_metrics_function_that_fails_does_not_lose_the_round(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
+        raise KeyError("mine")
+
+    result = federate(good_client(), FedPM(train_metrics_aggr_fn=fail), make_model(), 2)
+    assert set(result.arrays) == {"weight", "bias"}
+    assert "metrics could not be aggregated: KeyError('mine')" in caplog.text
+
+
+def test_other_record_and_weight_names(caplog: pytest.LogCaptureFixture) -> None:
+    client = metric_client(lambda i: {"mass": 1 + 2 * i, "loss": float(i)})
+    result = federate(client, FedPM(configrecord_key="settings", weighted_by_key="mass"), make_model(), 2)
+    assert result.train_metrics_clientapp[1] == MetricRecord({"loss": 0.75})
+    assert "no reply held curvature; models are averaged" in caplog.text
+    caplog.clear()
+    federate(good_client(), FedPM(configrecord_key="settings"), make_model(), 2)
+    assert "no reply held curvature" not in caplog.text
+
+
+def test_a_payload_over_the_limit_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    federate(good_client(), FedPM(max_payload_bytes=10), make_model(), 2)
+    assert caplog.text.count("more than the 10 allowed") == 2
 
 
 @pytest.mark.parametrize("make", [FedAvg, FedAdam, FedMedian, Krum])
@@ -174,9 +267,7 @@ def test_a_stock_client_under_fedpm_is_averaged() -> None:
     def train(message: Message, context: Context) -> Message:
         arrays = message.content.array_records[messages.ARRAYS]
         value = float(messages.partition_of(context)[0])
-        moved = ArrayRecord(
-            {key: torch.full_like(old, value) for key, old in arrays.to_torch_state_dict().items()}
-        )
+        moved = filled(arrays, value)
         return reply_with(message, moved, {"num-examples": 1 + value})
 
     state = federate(app, FedPM(), make_model(), 3).arrays.to_torch_state_dict()
@@ -207,9 +298,7 @@ def test_metrics_are_averaged_as_flower_does_and_weights_can_be_uniform() -> Non
     def train(message: Message, context: Context) -> Message:
         arrays = message.content.array_records[messages.ARRAYS]
         value = float(messages.partition_of(context)[0])
-        moved = ArrayRecord(
-            {key: torch.full_like(old, value) for key, old in arrays.to_torch_state_dict().items()}
-        )
+        moved = filled(arrays, value)
         return reply_with(message, moved, {"num-examples": 1 + 3 * value, "loss": value})
 
     result = federate(app, FedPM(weighting="uniform"), make_model(), 2)
@@ -217,17 +306,17 @@ def test_metrics_are_averaged_as_flower_does_and_weights_can_be_uniform() -> Non
     torch.testing.assert_close(result.arrays.to_torch_state_dict()["bias"], torch.tensor([0.5]))
 
 
-def test_a_sum_that_cannot_be_solved_keeps_the_model(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mixture_that_is_not_finite_keeps_the_model(caplog: pytest.LogCaptureFixture) -> None:
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         arrays = message.content.array_records[messages.ARRAYS]
-        return reply_with(message, arrays, {"num-examples": 1}, curvature=curvature_of(value=0.0, damping=0.0))
+        return reply_with(message, swapped(arrays, "bias", torch.tensor([3e38])), {"num-examples": 1})
 
-    result = federate(app, FedPM(), make_model(), 2)
+    result = federate(app, FedPM(server_learning_rate=2.0), make_model(), 2)
     assert len(result.arrays) == 0
-    assert "the model stays as it was: layer '': a matrix of side 3 is not positive definite" in caplog.text
+    assert "the model stays as it was: the mixed 'bias' is not finite" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -236,6 +325,7 @@ def test_a_sum_that_cannot_be_solved_keeps_the_model(caplog: pytest.LogCaptureFi
         ({"server_learning_rate": 0.0}, "server_learning_rate must be"),
         ({"weighting": "fair"}, "unknown weighting 'fair'; allowed: num-examples, uniform"),
         ({"codec": "zip"}, "unknown codec 'zip'"),
+        ({"damping_bounds": (1.0, 0.1)}, "damping_bounds must be"),
     ],
 )
 def test_wrong_arguments_are_named(wrong: dict[str, object], message: str) -> None:
