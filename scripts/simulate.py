@@ -102,6 +102,7 @@ def _toml_value(text: str) -> Any:
 def _simulate(config: Config, arguments: argparse.Namespace) -> int:
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
+    print(f"{PREFIX}starting Flower's simulation with {arguments.nodes} clients", flush=True)
     with tempfile.TemporaryDirectory(prefix="fedpm-flwr-") as home, _superlink(Path(home)) as environment:
         settings = Path(home) / "run-config.toml"
         settings.write_text(config.to_toml())
