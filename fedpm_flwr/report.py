@@ -112,12 +112,14 @@ def plot_curves(rows: list[Row], title: str, path: Path) -> None:
     """Test accuracy and loss against rounds, as a PNG."""
     # Without pyplot: a Figure of its own opens no window and leaves no global state.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     rounds = [row["round"] for row in rows]
     for axes, key in zip(figure.subplots(1, 2), ("test-accuracy", "test-loss"), strict=True):
         axes.plot(rounds, [row[key] for row in rows], marker=".")
         axes.set(xlabel="round", ylabel=key.replace("-", " "))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
