@@ -55,5 +55,5 @@ def main(grid: Grid, context: Context) -> None:
             evaluate_fn=evaluate_global_model,
         )
     if not result.arrays:
-        raise RuntimeError("no round had a usable reply; the log says what was wrong with each")
+        raise RuntimeError("no round gave a new model; the log says what was wrong with the replies")
     report.finish(model.state_dict())

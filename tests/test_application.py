@@ -99,7 +99,7 @@ def test_many_clients_of_few_examples_train(tmp_path: Path) -> None:
 
 
 def test_a_run_in_which_nobody_trains_is_a_failure(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="no round had a usable reply"):
+    with pytest.raises(RuntimeError, match="no round gave a new model"):
         run(tmp_path, {"num-server-rounds": 1, "damping": 0.0, "refresh-interval": 1})
     assert (tmp_path / "metrics.json").exists()
 

@@ -199,20 +199,8 @@ def test_each_round_mixes_against_the_model_that_it_sent() -> None:
         torch.testing.assert_close(following, before + 0.5 * (after - before))
 
 
-def metric_client(metrics: Callable[[int], dict[str, Any]]) -> ClientApp:
-    """Returns the model as it came, with these metrics."""
-    app = ClientApp()
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        arrays = message.content.array_records[messages.ARRAYS]
-        return reply_with(message, arrays, metrics(messages.partition_of(context)[0]))
-
-    return app
-
-
 def test_metrics_that_only_some_clients_have_are_left_out() -> None:
-    client = metric_client(
+    client = filling_client(
         lambda i: {"num-examples": 1, "loss": float(i), **({"extra": 4.0} if i else {}), "odd": [1.0] * (i + 1)}
     )
     result = federate(client, FedPM(), make_model(), 2)
@@ -229,7 +217,7 @@ def test_a_metrics_function_that_fails_does_not_lose_the_round(caplog: pytest.Lo
 
 
 def test_other_record_and_weight_names(caplog: pytest.LogCaptureFixture) -> None:
-    client = metric_client(lambda i: {"mass": 1 + 2 * i, "loss": float(i)})
+    client = filling_client(lambda i: {"mass": 1 + 2 * i, "loss": float(i)})
     result = federate(client, FedPM(configrecord_key="settings", weighted_by_key="mass"), make_model(), 2)
     assert result.train_metrics_clientapp[1] == MetricRecord({"loss": 0.75})
     assert "no reply held curvature; models are averaged" in caplog.text
@@ -260,17 +248,22 @@ def test_fedpm_clients_under_stock_strategies_send_no_curvature(make: Callable[[
     assert set(result.arrays) == {"weight", "bias"}
 
 
-def test_a_stock_client_under_fedpm_is_averaged() -> None:
+def filling_client(metrics: Callable[[int], dict[str, Any]]) -> ClientApp:
+    """Returns a model full of the number of its partition, with these metrics and no curvature."""
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        arrays = message.content.array_records[messages.ARRAYS]
-        value = float(messages.partition_of(context)[0])
-        moved = filled(arrays, value)
-        return reply_with(message, moved, {"num-examples": 1 + value})
+        number = messages.partition_of(context)[0]
+        arrays = filled(message.content.array_records[messages.ARRAYS], float(number))
+        return reply_with(message, arrays, metrics(number))
 
-    state = federate(app, FedPM(), make_model(), 3).arrays.to_torch_state_dict()
+    return app
+
+
+def test_a_stock_client_under_fedpm_is_averaged() -> None:
+    client = filling_client(lambda i: {"num-examples": 1 + i})
+    state = federate(client, FedPM(), make_model(), 3).arrays.to_torch_state_dict()
     torch.testing.assert_close(state["weight"], torch.full((1, 2), (0 * 1 + 1 * 2 + 2 * 3) / 6))
 
 
@@ -292,16 +285,8 @@ def test_the_request_is_not_changed_under_the_caller() -> None:
 
 
 def test_metrics_are_averaged_as_flower_does_and_weights_can_be_uniform() -> None:
-    app = ClientApp()
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        arrays = message.content.array_records[messages.ARRAYS]
-        value = float(messages.partition_of(context)[0])
-        moved = filled(arrays, value)
-        return reply_with(message, moved, {"num-examples": 1 + 3 * value, "loss": value})
-
-    result = federate(app, FedPM(weighting="uniform"), make_model(), 2)
+    client = filling_client(lambda i: {"num-examples": 1 + 3 * i, "loss": float(i)})
+    result = federate(client, FedPM(weighting="uniform"), make_model(), 2)
     assert result.train_metrics_clientapp[1] == MetricRecord({"loss": 0.8})
     torch.testing.assert_close(result.arrays.to_torch_state_dict()["bias"], torch.tensor([0.5]))
 
