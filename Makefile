@@ -39,6 +39,7 @@ $(VENV)/bin/python:
 	  { rm -rf $(VENV); echo "no virtual environment: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 
 $(VENV)/.app: pyproject.toml | $(VENV)/bin/python
+	@echo "installing into $(VENV); PyTorch is large, so this takes a few minutes"
 	$(BIN)/python -m pip install --quiet --editable '.[app]'
 	@touch $@
 
