@@ -21,7 +21,7 @@ def train(message: Message, context: Context) -> Message:
     """Start from the global model, take the local steps, reply with model, metrics and curvature."""
     config = Config.from_run_config(context.run_config)
     device = pick_device(config.device)
-    seed = derive_seed(config.seed, _round(message), messages.partition_of(context)[0])
+    seed = derive_seed(config.seed, messages.server_round_of(message), messages.partition_of(context)[0])
     with reproducible(seed, config.threads, device):
         data = _local_data(config, context)
         batches = loader(data, config.batch_size, seed)
@@ -51,10 +51,6 @@ def evaluate_global_model(message: Message, context: Context) -> Message:
 def partition(message: Message, context: Context) -> Message:
     """Say which partition this node holds."""
     return messages.partition_reply(message, context)
-
-
-def _round(message: Message) -> int:
-    return int(message.content.config_records[messages.CONFIG][messages.SERVER_ROUND])  # type: ignore[arg-type]
 
 
 def _local_data(config: Config, context: Context) -> Subset[tuple[torch.Tensor, ...]]:

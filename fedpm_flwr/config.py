@@ -149,8 +149,8 @@ def _allowed(setting: "dataclasses.Field[Any]") -> str:
     limits = setting.metadata
     if limits["choices"]:
         return " | ".join(limits["choices"])
-    kind = {bool: "true | false", int: "whole number", float: "number", str: "text"}[setting.type]  # type: ignore[index]
-    parts = [kind]
+    kinds: dict[Any, str] = {bool: "true | false", int: "whole number", float: "number", str: "text"}
+    parts = [kinds[setting.type]]
     if limits["low"] is not None:
         parts.append(f">= {limits['low']}")
     if limits["above"] is not None:

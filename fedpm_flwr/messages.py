@@ -66,6 +66,19 @@ def asked_codec(message: Message) -> str | None:
     return None
 
 
+def server_round_of(request: Message) -> int:
+    """The round, from 1, that a request belongs to.
+
+    Raises:
+        ValueError: the request does not name it, as every strategy derived from FedAvg does.
+    """
+    for config in request.content.config_records.values():
+        number = config.get(SERVER_ROUND)
+        if isinstance(number, int):
+            return number
+    raise ValueError(f"the request names no {SERVER_ROUND!r} as a whole number")
+
+
 def curvature_record(optimizer: Preconditioned, request: Message) -> ConfigRecord:
     """What the optimizer preconditioned by, as the request wants it; empty if it wants none.
 

@@ -169,7 +169,7 @@ def test_a_round_without_a_usable_reply_keeps_the_model() -> None:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        number = int(message.content.config_records[messages.CONFIG][messages.SERVER_ROUND])  # type: ignore[arg-type]
+        number = messages.server_round_of(message)
         sent[number] = dict(message.content.array_records[messages.ARRAYS].to_torch_state_dict())
         if number == 2:
             raise RuntimeError("no")
