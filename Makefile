@@ -4,20 +4,32 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help run test check format clean
+# The suite on the newest Flower, beside the pinned one that the application needs for gRPC.
+NEWEST := .venv-newest-flwr
+
+.PHONY: help run compare test test-newest-flwr check format clean
 
 help:
-	@echo "make run    train FedPM in Flower's simulation; ARGS='algorithm=localnewton alpha=1.0' for settings"
-	@echo "make test   the test suite"
-	@echo "make check  format, lint, types, then the test suite"
-	@echo "make format reformat the code"
-	@echo "make clean  remove the environment"
+	@echo "make run      train FedPM in Flower's simulation; ARGS='algorithm=localnewton alpha=1.0' for settings"
+	@echo "make compare  FedAvg, LocalNewton and FedPM side by side; ARGS='algorithms=fedavg,fedpm seeds=3' for others"
+	@echo "make test     the test suite"
+	@echo "make test-newest-flwr  the test suite on the newest Flower"
+	@echo "make check    format, lint, types, then the test suite"
+	@echo "make format   reformat the code"
+	@echo "make clean    remove the environments"
 
 run: $(VENV)/.app
 	@$(BIN)/python scripts/simulate.py $(ARGS)
 
+compare: $(VENV)/.app
+	@$(BIN)/python -m benchmarks.compare $(ARGS)
+
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-newest-flwr: $(NEWEST)/.dev
+	@$(NEWEST)/bin/python -c 'import flwr; print("Flower", flwr.__version__)'
+	$(NEWEST)/bin/python -m pytest $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -30,19 +42,25 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(NEWEST)
 
-$(VENV)/bin/python:
+# A virtual environment, in whichever folder.
+%/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "fedpm-flwr needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV) || \
-	  { rm -rf $(VENV); echo "no virtual environment: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $* || \
+	  { rm -rf $*; echo "no virtual environment: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	@echo "installing into $*; PyTorch is large, so this takes a few minutes"
 
 $(VENV)/.app: pyproject.toml | $(VENV)/bin/python
-	@echo "installing into $(VENV); PyTorch is large, so this takes a few minutes"
 	$(BIN)/python -m pip install --quiet --editable '.[app]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.app
 	$(BIN)/python -m pip install --quiet --editable '.[app,dev]'
+	@touch $@
+
+$(NEWEST)/.dev: pyproject.toml | $(NEWEST)/bin/python
+	$(NEWEST)/bin/python -m pip install --quiet --editable '.[app,dev]'
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade 'flwr[simulation]<2'
 	@touch $@

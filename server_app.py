@@ -1,15 +1,17 @@
 """The application's server: wiring only."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedpm_flwr import messages
-from fedpm_flwr.algorithms import get_algorithm
+from fedpm_flwr.algorithms import get_algorithm, settings_without_effect
 from fedpm_flwr.config import Config
-from fedpm_flwr.report import RunReport
+from fedpm_flwr.report import RunReport, spread
 from fedpm_flwr.reproducible import PartitionOrderedGrid
-from fedpm_flwr.tasks import build_model, load_dataset
+from fedpm_flwr.tasks import build_model, load_dataset, load_weights
 from fedpm_flwr.training import evaluate, loader, pick_device, reproducible
 
 _EVALUATION_BATCH = 512
@@ -22,10 +24,14 @@ def main(grid: Grid, context: Context) -> None:
     """Train by the configured algorithm, test each round's global model, leave a report."""
     config = Config.from_run_config(context.run_config)
     device = pick_device(config.device)
-    split = load_dataset(config.dataset)
+    split = load_dataset(config.dataset, config.max_train_examples)
     model = build_model(config.model, split.input_shape, split.classes, config.seed).to(device)
+    if config.initial_model:
+        load_weights(model, config.initial_model)
     test_batches = loader(split.test, _EVALUATION_BATCH)
     report = RunReport(config)
+    for line in settings_without_effect(config):
+        report.say(line)
     from_clients: dict[str, int | float] = {}
 
     def evaluate_global_model(server_round: int, arrays: ArrayRecord) -> MetricRecord:
@@ -39,21 +45,41 @@ def main(grid: Grid, context: Context) -> None:
     strategy = get_algorithm(config.algorithm).strategy(config)
     average = strategy.train_metrics_aggr_fn
 
-    def note_train_metrics(replies: list[RecordDict], weighted_by: str) -> MetricRecord:
-        uplink = sum(messages.count_bytes(reply) for reply in replies)
+    def note_training(replies: list[RecordDict], weighted_by: str) -> MetricRecord:
         averaged = average(replies, weighted_by)
-        from_clients.update({key: value for key, value in averaged.items() if not isinstance(value, list)})
-        from_clients.update({"uplink-bytes": uplink, "clients": len(replies)})
+        from_clients.update(_numbers(averaged))
+        from_clients.update(_spread(replies, "train-accuracy", max) | _spread(replies, "train-loss", min))
+        from_clients["uplink-bytes"] = sum(messages.count_bytes(reply) for reply in replies)
+        from_clients["clients"] = len(replies)
         return averaged
 
-    strategy.train_metrics_aggr_fn = note_train_metrics
-    with reproducible(config.seed, config.threads, device):
-        result = strategy.start(
-            grid=PartitionOrderedGrid(grid, config.seed),
-            initial_arrays=ArrayRecord(model.state_dict()),
-            num_rounds=config.num_server_rounds,
-            evaluate_fn=evaluate_global_model,
-        )
-    if not result.arrays:
-        raise RuntimeError("no round gave a new model; the log says what was wrong with the replies")
+    def note_evaluation(replies: list[RecordDict], weighted_by: str) -> MetricRecord:
+        averaged = average(replies, weighted_by)
+        from_clients.update(_spread(replies, "client-accuracy", max) | _spread(replies, "client-loss", min))
+        return averaged
+
+    strategy.train_metrics_aggr_fn, strategy.evaluate_metrics_aggr_fn = note_training, note_evaluation
+    try:
+        with reproducible(config.seed, config.threads, device):
+            result = strategy.start(
+                grid=PartitionOrderedGrid(grid, config.seed),
+                initial_arrays=ArrayRecord(model.state_dict()),
+                num_rounds=config.num_server_rounds,
+                evaluate_fn=evaluate_global_model,
+            )
+        if not result.arrays:
+            raise RuntimeError("no round gave a new model; the log says what was wrong with the replies")
+    except BaseException:
+        report.save(model.state_dict())
+        raise
     report.finish(model.state_dict())
+
+
+def _numbers(record: MetricRecord) -> dict[str, int | float]:
+    return {key: value for key, value in record.items() if not isinstance(value, list)}
+
+
+def _spread(replies: list[RecordDict], name: str, best: Callable[[list[float]], float]) -> dict[str, float]:
+    """The worst, median and best client's, where all clients tell it."""
+    values = [_numbers(record).get(name) for reply in replies for record in reply.metric_records.values()]
+    return spread(name, [value for value in values if value is not None], best)

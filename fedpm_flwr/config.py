@@ -7,14 +7,17 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ALGORITHMS = ("fedpm", "localnewton", "fedavg")
-DATASETS = ("digits",)
-MODELS = ("cnn", "mlp")
+DATASETS = ("digits", "breast-cancer", "cifar10", "cifar100", "mnist", "fashion-mnist")
+FILES = ("npz:", "libsvm:")
+"""What a dataset may start with instead; an absolute path follows."""
+MODELS = ("cnn", "linear", "mlp", "lenet", "resnet18-gn")
 PARTITIONS = ("dirichlet", "iid")
 WEIGHTINGS = ("num-examples", "uniform")
 CODECS = ("triangle-float32", "triangle-float64")
@@ -31,12 +34,16 @@ def _setting(
     meaning: str,
     *,
     choices: tuple[str, ...] = (),
+    files: tuple[str, ...] = (),
     low: float | None = None,
     high: float = math.inf,
     above: float | None = None,
 ) -> Any:
-    """A dataclass field with its meaning and its allowed values: choices, low <= x <= high, x > above."""
-    limits = {"meaning": meaning, "choices": choices, "low": low, "high": high, "above": above}
+    """A dataclass field with its meaning and its allowed values.
+
+    These are choices, or one of ``files`` with an absolute path after it; low <= x <= high, x > above.
+    """
+    limits = {"meaning": meaning, "choices": choices, "files": files, "low": low, "high": high, "above": above}
     return field(default=default, metadata=limits)
 
 
@@ -45,14 +52,19 @@ class Config:
     """The configuration of one run. Units and symbols stand in each setting's meaning."""
 
     algorithm: str = _setting("fedpm", "what the server and the clients do", choices=ALGORITHMS)
-    dataset: str = _setting("digits", "which data", choices=DATASETS)
+    dataset: str = _setting("digits", "which data", choices=DATASETS, files=FILES)
+    max_train_examples: int = _setting(0, "only the first so many training examples; 0: all", low=0)
+    augment: bool = _setting(False, "training images moved by up to 4 pixels and mirrored, as usual for CIFAR")
     model: str = _setting("cnn", "which network", choices=MODELS)
+    initial_model: str = _setting("", "start from this .safetensors file instead; absolute path")
     num_server_rounds: int = _setting(20, "communication rounds", low=1)
     fraction_train: float = _setting(1.0, "share of the nodes that train in a round", above=0, high=1)
     fraction_evaluate: float = _setting(
         0.0, "share of the nodes that evaluate the global model on their own data", low=0, high=1
     )
     min_available_nodes: int = _setting(2, "nodes to wait for before a round starts", low=1)
+    min_replies: int = _setting(1, "usable replies without which a round does not count", low=1)
+    max_failed_rounds: int = _setting(3, "rounds in a row that do not count, at which the run stops", low=1)
     local_epochs: int = _setting(2, "passes over a client's data in a round", low=1)
     local_steps: int = _setting(0, "K, local steps in a round; 0: as local-epochs says", low=0)
     batch_size: int = _setting(32, "examples in a local step; 0: all the client has", low=0)
@@ -77,11 +89,14 @@ class Config:
             value = _cast(setting, getattr(self, setting.name))
             _check(setting, value)
             object.__setattr__(self, setting.name, value)
-        if self.output and not Path(self.output).is_absolute():
-            raise ConfigError(
-                f"output={self.output!r} is not an absolute path: a relative one would start "
-                "from the folder of the SuperLink, which need not be yours"
-            )
+        for key in ("output", "initial_model", "dataset"):
+            value = getattr(self, key)
+            path = value.partition(":")[2] if key == "dataset" else value
+            if path and not Path(path).is_absolute():
+                raise ConfigError(
+                    f"{key.replace('_', '-')}={value!r} is not an absolute path: a relative one would start "
+                    "from the folder of the SuperLink, which need not be yours"
+                )
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Any]) -> "Config":
@@ -107,6 +122,27 @@ class Config:
         )
 
 
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` as typed on a command line, VALUE in TOML; what is none is text, since shells eat quotes.
+
+    >>> parse_settings(["alpha=0.5", "algorithm=fedavg"])
+    {'alpha': 0.5, 'algorithm': 'fedavg'}
+
+    Raises:
+        ConfigError: a setting is not of this form.
+    """
+    values = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"{setting!r} is not of the form KEY=VALUE")
+        try:
+            values[key] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[key] = text
+    return values
+
+
 def describe() -> str:
     """One line a setting: name, default, allowed values, meaning."""
     rows = dataclasses.fields(Config)
@@ -129,10 +165,14 @@ def _cast(setting: "dataclasses.Field[Any]", value: Any) -> Any:
 def _check(setting: "dataclasses.Field[Any]", value: Any) -> None:
     limits = setting.metadata
     right_type = type(value) is setting.type
-    in_choices = not limits["choices"] or value in limits["choices"]
+    in_choices = not limits["choices"] or value in limits["choices"] or _is_file(limits["files"], value)
     if right_type and in_choices and (not isinstance(value, int | float) or _in_range(limits, value)):
         return
     raise ConfigError(f"{_key(setting)}={value!r} is not allowed; allowed: {_allowed(setting)}")
+
+
+def _is_file(prefixes: tuple[str, ...], value: Any) -> bool:
+    return isinstance(value, str) and any(value.startswith(prefix) and value != prefix for prefix in prefixes)
 
 
 def _in_range(limits: Mapping[str, Any], value: float) -> bool:
@@ -148,7 +188,7 @@ def _in_range(limits: Mapping[str, Any], value: float) -> bool:
 def _allowed(setting: "dataclasses.Field[Any]") -> str:
     limits = setting.metadata
     if limits["choices"]:
-        return " | ".join(limits["choices"])
+        return " | ".join([*limits["choices"], *(f"{prefix}/path/to/file" for prefix in limits["files"])])
     kinds: dict[Any, str] = {bool: "true | false", int: "whole number", float: "number", str: "text"}
     parts = [kinds[setting.type]]
     if limits["low"] is not None:

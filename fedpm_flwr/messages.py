@@ -15,6 +15,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
+from . import __version__
 from .curvature import CurvatureError, LayerCurvature, to_matrix
 from .wire import decode, encode
 
@@ -28,9 +29,15 @@ SERVER_ROUND = "server-round"
 CURVATURE_CODEC = "curvature-codec"
 """In the request's config: the codec that curvature shall travel in; absent: send none."""
 PAYLOAD = "payload"
+VERSION = "version"
+"""Beside the payload: the version of this library that made it."""
+DIVERGED = "diverged"
+"""A metric: not 0 where the client's loss or model is not finite after training."""
 
 _MAX_WEIGHT = 2**53
 """The largest number up to which a float64 tells whole numbers apart."""
+_MAX_QUOTE = 50
+"""Longest part of a stranger's text that an error message repeats."""
 
 PARTITION_ID = "partition-id"
 NUM_PARTITIONS = "num-partitions"
@@ -88,15 +95,18 @@ def curvature_record(optimizer: Preconditioned, request: Message) -> ConfigRecor
     codec = asked_codec(request)
     if codec is None:
         return ConfigRecord()
-    return ConfigRecord({PAYLOAD: encode(optimizer.preconditioners(), codec)})
+    return ConfigRecord({PAYLOAD: encode(optimizer.preconditioners(), codec), VERSION: __version__})
 
 
 def train_reply(
     request: Message, model: nn.Module, metrics: Mapping[str, int | float], optimizer: torch.optim.Optimizer
 ) -> Message:
-    """The reply to a training request; ``metrics`` must hold ``num-examples``."""
+    """The reply to a training request; ``metrics`` must hold ``num-examples``.
+
+    Curvature goes along if it is asked for, the optimizer has it, and training did not diverge.
+    """
     content = RecordDict({ARRAYS: ArrayRecord(model.state_dict()), METRICS: MetricRecord({**metrics})})
-    if asked_codec(request) is not None and isinstance(optimizer, Preconditioned):
+    if asked_codec(request) is not None and isinstance(optimizer, Preconditioned) and not metrics.get(DIVERGED):
         content[CURVATURE] = curvature_record(optimizer, request)
     return Message(content, reply_to=request)
 
@@ -141,6 +151,8 @@ def with_common_metrics(contents: Sequence[RecordDict]) -> list[RecordDict]:
 
     Each must hold one MetricRecord. Flower's aggregation needs this, and stops the run without it.
     """
+    if not contents:
+        return []
     forms = [
         {key: len(value) if isinstance(value, list) else None for key, value in record.items()}
         for content in contents
@@ -154,28 +166,59 @@ def with_common_metrics(contents: Sequence[RecordDict]) -> list[RecordDict]:
     return kept
 
 
-def read_update(
-    reply: Message,
-    theta: Mapping[str, Tensor],
-    *,
-    weighted_by: str = NUM_EXAMPLES,
-    damping_bounds: tuple[float, float] = (0.0, math.inf),
-    max_payload_bytes: int = 1 << 30,
-) -> Update:
-    """Check a training reply against the model θ that was sent out.
+def read_update(reply: Message, theta: Mapping[str, Tensor], *, weighted_by: str = NUM_EXAMPLES) -> Update:
+    """Check a training reply, all but its curvature, against the model θ that was sent out.
+
+    Raises:
+        ReplyError: naming what is wrong.
+    """
+    metrics = read_metrics(reply, weighted_by)
+    if metrics.get(DIVERGED):
+        raise ReplyError("its training diverged, it says: loss or model are not finite")
+    weight = metrics[weighted_by]
+    assert isinstance(weight, int | float)
+    return Update(_read_state(reply.content, theta), [], float(weight))
+
+
+def read_metrics(reply: Message, weighted_by: str = NUM_EXAMPLES) -> MetricRecord:
+    """The one MetricRecord of a reply, with a number by which to weight it.
 
     Raises:
         ReplyError: naming what is wrong.
     """
     if reply.has_error():
         raise ReplyError(f"it is an error: {reply.error.reason}")
-    content = reply.content
-    layers: list[LayerCurvature] = []
-    payload = content.config_records.get(CURVATURE, ConfigRecord()).get(PAYLOAD)
-    state = _read_state(content, theta)
-    if payload is not None:
-        layers = _read_layers(payload, theta, damping_bounds, max_payload_bytes)
-    return Update(state, layers, _read_weight(content, weighted_by))
+    records = list(reply.content.metric_records.values())
+    if len(records) != 1:
+        raise ReplyError(f"it holds {len(records)} MetricRecords, not 1")
+    weight = records[0].get(weighted_by)
+    if not isinstance(weight, int | float) or not 0 < weight <= _MAX_WEIGHT:
+        raise ReplyError(f"{weighted_by!r} is {weight!r}, not a number > 0 and <= 2**53")
+    return records[0]
+
+
+def read_curvature(
+    reply: Message,
+    theta: Mapping[str, Tensor],
+    *,
+    damping_bounds: tuple[float, float] = (0.0, math.inf),
+    max_payload_bytes: int = 1 << 30,
+) -> list[LayerCurvature]:
+    """Check the curvature in a reply; there may be none.
+
+    Raises:
+        ReplyError: naming what is wrong.
+    """
+    record = reply.content.config_records.get(CURVATURE, ConfigRecord())
+    if PAYLOAD not in record:
+        return []
+    version = record.get(VERSION, __version__)
+    if not isinstance(version, str) or version.split(".")[:2] != __version__.split(".")[:2]:
+        raise ReplyError(
+            f"its curvature is made by fedpm-flwr {version!r:.{_MAX_QUOTE}}; the server has {__version__}: "
+            "install the same version on both"
+        )
+    return _read_layers(record[PAYLOAD], theta, damping_bounds, max_payload_bytes)
 
 
 def _read_state(content: RecordDict, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -226,13 +269,3 @@ def _check_positive_definite(layer: LayerCurvature, theta: Mapping[str, Tensor])
         layer.curvature.to(torch.float64).damped(layer.damping).solve(nothing)
     except CurvatureError as error:
         raise ReplyError(f"its curvature: layer {layer.block.name!r}: {error}") from error
-
-
-def _read_weight(content: RecordDict, weighted_by: str) -> float:
-    records = list(content.metric_records.values())
-    if len(records) != 1:
-        raise ReplyError(f"it holds {len(records)} MetricRecords, not 1")
-    weight = records[0].get(weighted_by)
-    if not isinstance(weight, int | float) or not 0 < weight <= _MAX_WEIGHT:
-        raise ReplyError(f"{weighted_by!r} is {weight!r}, not a number > 0 and <= 2**53")
-    return float(weight)

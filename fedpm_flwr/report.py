@@ -3,11 +3,13 @@
 import csv
 import json
 import math
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .config import Config
 
@@ -36,7 +38,7 @@ class RunReport:
         self.rows: list[Row] = []
         self._config = config
         self._started = self._round_started = time.monotonic()
-        self._say(f"{config.algorithm} on {config.dataset}, {config.num_server_rounds} rounds -> {self.folder}")
+        self.say(f"{config.algorithm} on {config.dataset}, {config.num_server_rounds} rounds -> {self.folder}")
 
     def add_round(self, server_round: int, metrics: Mapping[str, int | float]) -> None:
         """Keep and print one round's metrics; round 0 is the initial model.
@@ -49,26 +51,38 @@ class RunReport:
         row: Row = {**metrics, "round": server_round, "seconds": round(seconds, 3)}
         self.rows.append(row)
         self._write_rows()
-        self._say(self._line(row))
+        self.say(self._line(row))
 
-    def finish(self, state: "Mapping[str, Tensor]") -> None:
-        """Write the model and the plot, print the summary."""
-        # Copies: safetensors refuses tensors that share memory, as tied weights do.
+    def save(self, state: "Mapping[str, Tensor]") -> None:
+        """Write the model and the plot, as they are now."""
         # Imported here: what only watches a run, as scripts/simulate.py does, need not wait for torch.
         import torch
         from safetensors.torch import save_file
 
+        # Copies: safetensors refuses tensors that share memory, as tied weights do.
         copies = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
         save_file(copies, self.folder / "model.safetensors")
-        plot_curves(self.rows, f"{self._config.algorithm} on {self._config.dataset}", self.folder / "curves.png")
+        label = f"{self._config.algorithm} on {self._config.dataset}"
+        plot_curves({label: [self.rows]}, self.folder / "curves.png")
+        if self.rows:
+            self.say(f"the model of round {self.rows[-1]['round']} is in {self.folder / 'model.safetensors'}")
+
+    def finish(self, state: "Mapping[str, Tensor]") -> None:
+        """Write the model and the plot, print the summary."""
+        self.save(state)
         best = max(self.rows, key=lambda row: row["test-accuracy"])
         last = self.rows[-1]
         uplink = sum(row["uplink-bytes"] for row in self.rows) / _MEGABYTE
-        self._say(
+        self.say(
             f"done: test accuracy {last['test-accuracy']:.4f} (best {best['test-accuracy']:.4f} in round "
             f"{best['round']}), uplink {uplink:.1f} MB, {time.monotonic() - self._started:.0f} s"
         )
-        self._say(f"results in {self.folder}")
+        self.say(f"results in {self.folder}")
+
+    @staticmethod
+    def say(line: str) -> None:
+        """Print a line that can be told from Flower's own."""
+        print(PREFIX + line, flush=True)
 
     def _write_rows(self) -> None:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
@@ -86,15 +100,11 @@ class RunReport:
             f"round {done:>{len(str(rounds))}}/{rounds}",
             f"accuracy {row['test-accuracy']:.4f}",
             f"loss {row['test-loss']:.4f}",
-            f"clients {row['clients']}",
+            f"clients {row['clients']}{_of_clients(row)}",
             f"uplink {row['uplink-bytes'] / _MEGABYTE:.2f} MB",
             f"{row['seconds']:.1f} s",
         ]
         return "  ".join(parts if left is None else [*parts, f"{left:.0f} s left"])
-
-    @staticmethod
-    def _say(line: str) -> None:
-        print(PREFIX + line, flush=True)
 
 
 def _finite(row: Row) -> dict[str, int | float | None]:
@@ -108,21 +118,62 @@ def seconds_left(rows: list[Row], rounds: int) -> float | None:
     return (rounds - rows[-1]["round"]) * sum(timed) / len(timed) if timed else None
 
 
-def plot_curves(rows: list[Row], title: str, path: Path) -> None:
-    """Test accuracy and loss against rounds, as a PNG."""
+def spread(name: str, values: list[float], best: Callable[[list[float]], float]) -> Row:
+    """Worst, median and best of the clients' values, ``best`` being ``max`` or ``min``; of none: none."""
+    if not values:
+        return {}
+    worst = min if best is max else max
+    return {
+        f"{name}-worst": worst(values),
+        f"{name}-median": statistics.median(values),
+        f"{name}-best": best(values),
+    }
+
+
+def _of_clients(row: Row) -> str:
+    for key, what in (("client-accuracy", "accuracy"), ("train-accuracy", "training accuracy")):
+        if f"{key}-worst" in row:
+            return f" ({what} {row[f'{key}-worst']:.2f} … {row[f'{key}-median']:.2f} … {row[f'{key}-best']:.2f})"
+    return ""
+
+
+def plot_curves(methods: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> None:
+    """Test accuracy against rounds and against uplink, test loss against rounds, as a PNG.
+
+    ``methods``: by label, the rows of one run per seed; lines are means, bands go from least to most.
+    """
     # Without pyplot: a Figure of its own opens no window and leaves no global state.
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    rounds = [row["round"] for row in rows]
-    for axes, key in zip(figure.subplots(1, 2), ("test-accuracy", "test-loss"), strict=True):
-        axes.plot(rounds, [row[key] for row in rows], marker=".")
-        axes.set(xlabel="round", ylabel=key.replace("-", " "))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for axes, (x, y) in zip(
+        panels,
+        (("round", "test-accuracy"), ("uplink-mb", "test-accuracy"), ("round", "test-loss")),
+        strict=True,
+    ):
+        for label, runs in methods.items():
+            _plot_method(axes, label, [_with_uplink(run) for run in runs], x, y)
+        axes.set(xlabel="uplink, MB in all" if x == "uplink-mb" else x, ylabel=y.replace("-", " "))
         axes.grid(alpha=0.3)
-    figure.suptitle(title)
+    panels[0].legend()
     figure.savefig(path, dpi=120)
+
+
+def _plot_method(axes: Any, label: str, runs: Sequence[Sequence[Row]], x: str, y: str) -> None:
+    """One line: the mean over the rounds that all runs have; a band if there are several runs."""
+    rounds = list(zip(*runs, strict=False))
+    at = [statistics.fmean(row[x] for row in rows) for rows in rounds]
+    (line,) = axes.plot(at, [statistics.fmean(row[y] for row in rows) for rows in rounds], marker=".", label=label)
+    if len(runs) > 1:
+        low, high = ([pick(row[y] for row in rows) for rows in rounds] for pick in (min, max))
+        axes.fill_between(at, low, high, color=line.get_color(), alpha=0.2)
+
+
+def _with_uplink(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the megabytes sent up to then."""
+    sent = accumulate(row["uplink-bytes"] for row in rows)
+    return [{**row, "uplink-mb": total / _MEGABYTE} for row, total in zip(rows, sent, strict=True)]
 
 
 def _folder(config: Config) -> Path:

@@ -59,6 +59,10 @@ class PartitionOrderedGrid(Grid):
         random.seed(f"{self._seed}/{self._exchanges}")
         return sorted(nodes, key=self._place)
 
+    def partition_of(self, node: int) -> int | None:
+        """The partition that a node says it holds."""
+        return self._partitions.get(node)
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         return self._grid.push_messages(messages)
 

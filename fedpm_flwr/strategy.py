@@ -3,17 +3,17 @@
 import logging
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
-from torch import Tensor
 
 from . import messages
 from .config import WEIGHTINGS
 from .curvature import CurvatureError
-from .messages import ReplyError, Update, read_update
+from .guarded import Guarded
+from .messages import Update
 from .mixing import ModelMixer
 from .report import PREFIX
 from .wire import get_codec
@@ -21,15 +21,14 @@ from .wire import get_codec
 _log = logging.getLogger("flwr")
 
 
-class FedPM(FedAvg):
+class FedPM(Guarded):
     """Asks clients for their curvature Pᵢ beside their models θᵢ, and mixes the models through it.
 
     θ⁺ = θ + η_s · (Σ wᵢ Pᵢ)⁻¹ Σ wᵢ Pᵢ (θᵢ − θ)   (arXiv 2511.09100, Eq. 8 in delta form)
 
     A layer that no client sends curvature for is averaged. A client that sends none for a layer
-    counts there as if it had the mean curvature of the others. A reply that cannot be used is left
-    out with one warning that says why; a round without a usable reply leaves the model as it is.
-    Metrics are aggregated where all replies have them in the same form.
+    counts there as if it had the mean curvature of the others. Replies that cannot be used are left
+    out, as ``Guarded`` says.
 
     Args:
         server_learning_rate: η_s > 0.
@@ -37,7 +36,7 @@ class FedPM(FedAvg):
         weighting: ``num-examples``: wᵢ = nᵢ/n with nᵢ under ``weighted_by_key``; ``uniform``: 1/N.
         damping_bounds: replies that name a λ outside of them are left out.
         max_payload_bytes: replies with more bytes of curvature are left out unread.
-        fedavg: what ``flwr.serverapp.strategy.FedAvg`` takes.
+        strategy: what ``Guarded`` and ``flwr.serverapp.strategy.FedAvg`` take.
 
     Raises:
         ValueError: naming the argument and what is allowed.
@@ -51,9 +50,9 @@ class FedPM(FedAvg):
         weighting: str = "num-examples",
         damping_bounds: tuple[float, float] = (0.0, 1e6),
         max_payload_bytes: int = 1 << 30,
-        **fedavg: Any,
+        **strategy: Any,
     ) -> None:
-        super().__init__(**fedavg)
+        super().__init__(**strategy)
         if not (math.isfinite(server_learning_rate) and server_learning_rate > 0):
             raise ValueError(f"server_learning_rate must be a finite number > 0, not {server_learning_rate}")
         if weighting not in WEIGHTINGS:
@@ -67,7 +66,6 @@ class FedPM(FedAvg):
         self.weighting = weighting
         self.damping_bounds = damping_bounds
         self.max_payload_bytes = max_payload_bytes
-        self._theta: dict[str, Tensor] = {}
 
     def summary(self) -> None:
         """Log the settings, FedAvg's and then our own."""
@@ -81,33 +79,42 @@ class FedPM(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send θ as FedAvg does, and ask for curvature."""
-        self._theta = arrays.to_torch_state_dict()
         asking = ConfigRecord({**config, messages.CURVATURE_CODEC: self.codec})
         return super().configure_train(server_round, arrays, asking, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Mix the usable replies, in the order in which they are given."""
+        """Mix the usable replies, in the order in which they are given.
+
+        Raises:
+            TooFewRepliesError: see ``Guarded``.
+        """
         mixer = ModelMixer(self._theta)
         contents: list[RecordDict] = []
         curved = False
-        for reply in replies:
-            try:
-                update = self._read(reply)
-            except ReplyError as error:
-                node = reply.metadata.src_node_id
-                _log.warning("%sround %d: left out the reply of node %d: %s", PREFIX, server_round, node, error)
-                continue
+        for reply, update in self.usable(server_round, replies):
             mixer.add(update.state, update.layers, self._weight(update))
             contents.append(reply.content)
             curved = curved or bool(update.layers)
         _log.info("aggregate_train: Mixed %d results", len(contents))
-        if not contents:
+        if self.failed_rounds:
             return None, None
         if not curved:
             _log.warning("%sround %d: no reply held curvature; models are averaged", PREFIX, server_round)
         return self._mix(server_round, mixer), self._aggregate_metrics(server_round, contents)
+
+    def read(self, reply: Message) -> Update:
+        """The checked update in a training reply, with its curvature.
+
+        Raises:
+            ReplyError: the reply cannot be used.
+        """
+        update = super().read(reply)
+        layers = messages.read_curvature(
+            reply, self._theta, damping_bounds=self.damping_bounds, max_payload_bytes=self.max_payload_bytes
+        )
+        return replace(update, layers=layers)
 
     def _mix(self, server_round: int, mixer: ModelMixer) -> ArrayRecord | None:
         try:
@@ -123,15 +130,6 @@ class FedPM(FedAvg):
         except Exception as error:  # the user's own function; metrics are not worth losing a round for
             _log.warning("%sround %d: metrics could not be aggregated: %r", PREFIX, server_round, error)
             return None
-
-    def _read(self, reply: Message) -> Update:
-        return read_update(
-            reply,
-            self._theta,
-            weighted_by=self.weighted_by_key,
-            damping_bounds=self.damping_bounds,
-            max_payload_bytes=self.max_payload_bytes,
-        )
 
     def _weight(self, update: Update) -> float:
         return update.num_examples if self.weighting == "num-examples" else 1.0

@@ -1,14 +1,18 @@
 """Local training and evaluation, on whatever device there is."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+
+from .curvature import CurvatureError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -16,10 +20,15 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class FitResult:
-    """What local training did: mean loss per example over all steps, and how many steps."""
+    """What local training did: loss and accuracy over all examples and steps, and how many steps.
+
+    ``diverged``: the loss or a parameter is not finite. ``accuracy`` is NaN where targets are no labels.
+    """
 
     loss: float
+    accuracy: float
     steps: int
+    diverged: bool
 
 
 def fit(
@@ -34,21 +43,38 @@ def fit(
 ) -> FitResult:
     """Take ``steps`` local steps, or, where that is 0, ``epochs`` passes over the batches.
 
-    ``loss_fn`` returns the mean over the batch.
+    ``loss_fn`` returns the mean over the batch. Curvature that cannot be inverted ends the training of
+    a client whose loss is no longer finite; else it is raised.
     """
     model.train()
     total = torch.zeros((), device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
     examples = taken = 0
     for inputs, targets in islice(_passes(batches, None if steps else epochs), steps or None):
         inputs, targets = inputs.to(device), targets.to(device)
         optimizer.zero_grad()
-        loss = loss_fn(model(inputs), targets)
+        outputs = model(inputs)
+        loss = loss_fn(outputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
         total += loss.detach() * len(inputs)
         examples += len(inputs)
+        labelled = not targets.is_floating_point()
+        if labelled:
+            correct += (outputs.argmax(dim=1) == targets).sum()
+        try:
+            optimizer.step()
+        except CurvatureError:
+            if torch.isfinite(loss):
+                raise
+            break
         taken += 1
-    return FitResult(loss=float(total) / max(examples, 1), steps=taken)
+    finite = torch.isfinite(total) and all(torch.isfinite(p).all() for p in model.parameters())
+    return FitResult(
+        loss=float(total) / max(examples, 1),
+        accuracy=float(correct) / max(examples, 1) if examples and labelled else math.nan,
+        steps=taken,
+        diverged=not finite,
+    )
 
 
 @torch.no_grad()
@@ -69,14 +95,18 @@ def evaluate(
     return float(loss) / max(examples, 1), float(correct) / max(examples, 1)
 
 
-def loader(
-    data: TensorDataset | Subset[tuple[Tensor, ...]], batch_size: int, seed: int | None = None
-) -> DataLoader[tuple[Tensor, ...]]:
-    """Batches of this size (0: all at once), in an order given by the seed (None: as they lie)."""
+def loader(data: Dataset[Any], batch_size: int, seed: int | None = None) -> DataLoader[Any]:
+    """Batches of this size (0: all at once), in an order given by the seed (None: as they lie).
+
+    ``data`` is asked for a batch at a time, by a list of indices.
+    """
+    size = len(data)  # type: ignore[arg-type]
+    order: Sampler[int] = SequentialSampler(range(size))
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    size = batch_size or max(len(data), 1)
-    # An empty data set gives no batches; torch refuses to shuffle one.
-    return DataLoader(data, batch_size=size, shuffle=seed is not None and len(data) > 0, generator=generator)
+    if generator is not None and size:  # an empty data set gives no batches; torch refuses to shuffle one
+        order = RandomSampler(range(size), generator=generator)
+    batches = BatchSampler(order, batch_size or max(size, 1), drop_last=False)
+    return DataLoader(data, sampler=batches, batch_size=None, generator=generator)
 
 
 def pick_device(name: str) -> torch.device:

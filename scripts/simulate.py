@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from fedpm_flwr.config import Config, ConfigError, describe
+from fedpm_flwr.config import Config, ConfigError, describe, parse_settings
 from fedpm_flwr.report import PREFIX
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
@@ -76,27 +75,17 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _config(settings: list[str], nodes: int) -> Config:
-    values: dict[str, Any] = {"min-available-nodes": nodes}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"{setting!r} is not of the form KEY=VALUE")
-        values[key] = _toml_value(text)
+    values: dict[str, Any] = {"min-available-nodes": nodes, **parse_settings(settings)}
     config = Config.from_run_config(values)
     if config.min_available_nodes > nodes:
         raise ConfigError(f"min-available-nodes={config.min_available_nodes}, but there are {nodes} --nodes")
+    trained = max(int(nodes * config.fraction_train), 1)
+    if config.min_replies > trained:
+        raise ConfigError(f"min-replies={config.min_replies}, but {trained} clients train in a round")
     if not config.output:
         folder = _CHECKOUT / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{config.algorithm}"
         config = Config.from_run_config({**config.to_run_config(), "output": str(folder)})
     return config
-
-
-def _toml_value(text: str) -> Any:
-    """A TOML value; a word that is none is a string, since shells eat quotes."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def _simulate(config: Config, arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ def fab(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """Built by ``flwr build`` from a copy of the checkout, in a folder of a name that Flower allows."""
     folder = tmp_path_factory.mktemp("build")
     app = folder / "fedpm-flwr"
-    shutil.copytree(ROOT, app, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "*_cache", "__pycache__"))
+    shutil.copytree(ROOT, app, ignore=shutil.ignore_patterns(".venv*", ".git", "runs", "*_cache", "__pycache__"))
     flwr = Path(sys.executable).parent / "flwr"
     subprocess.run([flwr, "build", "--app", app], cwd=folder, check=True, env={"FLWR_HOME": str(folder / "home")})
     (file,) = folder.glob("*.fab")

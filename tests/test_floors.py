@@ -10,12 +10,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    "client_app": 7,
-    "server_app": 7,
-    "fedpm_flwr.algorithms": 6,
-    "fedpm_flwr.inline": 6,
-    "fedpm_flwr.strategy": 5,
-    "fedpm_flwr.reproducible": 5,
+    "client_app": 8,
+    "server_app": 8,
+    "fedpm_flwr.algorithms": 7,
+    "fedpm_flwr.inline": 7,
+    "fedpm_flwr.strategy": 6,
+    "fedpm_flwr.reproducible": 6,
+    "fedpm_flwr.guarded": 5,
     "fedpm_flwr.messages": 4,
     "fedpm_flwr.training": 3,
     "fedpm_flwr.tasks": 3,

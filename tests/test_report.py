@@ -37,7 +37,7 @@ def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("fedpm | ") for line in lines)
     assert "round 1/2  accuracy 0.9000  loss 1.0000  clients 3  uplink 2.00 MB" in lines[2]
-    assert "test accuracy 0.8000 (best 0.9000 in round 1), uplink 4.0 MB" in lines[4]
+    assert "test accuracy 0.8000 (best 0.9000 in round 1), uplink 4.0 MB" in lines[5]
 
 
 def test_rounds_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:

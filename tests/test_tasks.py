@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from fedpm_flwr.config import MODELS
-from fedpm_flwr.tasks import build_model, clients_data, load_dataset, partition_indices
+from fedpm_flwr.config import MODELS, Config
+from fedpm_flwr.tasks import build_model, client_data, load_dataset, partition_indices
 
 
 def test_digits() -> None:
     split = load_dataset("digits")
     assert len(split.train) + len(split.test) == 1797
     assert split.input_shape == (1, 8, 8)
-    images, labels = split.train.tensors
+    images, labels = split.train.inputs, split.train.labels
     assert images.dtype == torch.float32
     assert (float(images.min()), float(images.max())) == (0.0, 1.0)
-    assert set(labels.tolist()) == set(split.test.tensors[1].tolist()) == set(range(split.classes))
+    assert set(labels.tolist()) == set(split.test.labels.tolist()) == set(range(split.classes))
     assert load_dataset("digits") is split
 
 
@@ -59,7 +59,7 @@ def test_too_few_examples_are_an_error() -> None:
 
 def test_clients_get_their_own_examples() -> None:
     split = load_dataset("digits")
-    data = clients_data("digits", 4, "dirichlet", 0.5, 1)
+    data = [client_data(Config(alpha=0.5, seed=1), partition, 4) for partition in range(4)]
     parts = partition_indices(split.train_labels, 4, alpha=0.5, seed=1)
     assert [len(one) for one in data] == [len(part) for part in parts]
     assert torch.equal(data[2][0][0], split.train[parts[2][0]][0])
@@ -68,9 +68,9 @@ def test_clients_get_their_own_examples() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_models_are_functions_of_their_seed_and_leave_the_generator_alone(name: str) -> None:
     state = torch.get_rng_state()
-    first, again, other = (build_model(name, (1, 8, 8), 10, seed) for seed in (1, 1, 2))
+    first, again, other = (build_model(name, (1, 16, 16), 10, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
-    assert first(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert first(torch.zeros(2, 1, 16, 16)).shape == (2, 10)
     for p, q in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
     assert not torch.equal(next(first.parameters()), next(other.parameters()))

@@ -1,7 +1,17 @@
 """What the application trains: data sets, their partitions, models."""
 
-from .datasets import Split, load_dataset
-from .models import build_model
-from .partitions import clients_data, partition_indices
+from .datasets import load_dataset
+from .examples import DataError, Examples, Split
+from .models import build_model, load_weights
+from .partitions import client_data, partition_indices
 
-__all__ = ["Split", "build_model", "clients_data", "load_dataset", "partition_indices"]
+__all__ = [
+    "DataError",
+    "Examples",
+    "Split",
+    "build_model",
+    "client_data",
+    "load_dataset",
+    "load_weights",
+    "partition_indices",
+]

@@ -1,57 +1,49 @@
 """Data sets by name. A new one is one loader and one line in ``_LOADERS``."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
-import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from torch import Tensor
-from torch.utils.data import TensorDataset
+from sklearn.datasets import load_breast_cancer, load_digits
 
-_DIGITS_TEST_EVERY = 5
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Inputs as float32 [examples, …], labels as int64 [examples]; the number of classes."""
-
-    train: TensorDataset
-    test: TensorDataset
-    classes: int
-
-    @property
-    def train_labels(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        labels: Tensor = self.train.tensors[1]
-        return labels.numpy()
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return tuple(self.train.tensors[0].shape[1:])
+from . import files, vision
+from .examples import Split, hold_out
 
 
 @lru_cache(maxsize=2)
-def load_dataset(name: str) -> Split:
-    """A data set, loaded once per process.
+def load_dataset(name: str, max_train_examples: int = 0) -> Split:
+    """A data set, loaded once per process; with only the first so many training examples (0: all).
 
     Raises:
-        KeyError: the name is not one of ``config.DATASETS``.
+        KeyError: the name is neither one of ``config.DATASETS`` nor ``npz:/…`` nor ``libsvm:/…``.
+        DataError: the data is missing, malformed or mislabelled.
     """
-    return _LOADERS[name]()
+    prefix, colon, path = name.partition(":")
+    split = files.LOADERS[prefix](path) if colon else _LOADERS[name]()
+    return Split(split.train.first(max_train_examples), split.test, split.classes)
 
 
 def _digits() -> Split:
-    """scikit-learn's digits: 1,797 images 8 × 8 of 10 classes; every fifth is held out for testing."""
+    """scikit-learn's digits: 1,797 images 8 × 8 of 10 classes, scaled to 0 … 1."""
     images, labels = load_digits(return_X_y=True)
     inputs = torch.tensor(images / 16.0, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    targets = torch.tensor(labels, dtype=torch.int64)
-    test = torch.arange(len(targets)) % _DIGITS_TEST_EVERY == 0
-    return Split(
-        train=TensorDataset(inputs[~test], targets[~test]),
-        test=TensorDataset(inputs[test], targets[test]),
-        classes=10,
-    )
+    return hold_out(inputs, torch.tensor(labels, dtype=torch.int64), classes=10)
 
 
-_LOADERS: dict[str, Callable[[], Split]] = {"digits": _digits}
+def _breast_cancer() -> Split:
+    """scikit-learn's breast cancer: 569 examples of 30 features and 2 classes.
+
+    Features are standardised by the mean and deviation of the training examples.
+    """
+    features, labels = load_breast_cancer(return_X_y=True)
+    inputs = torch.tensor(features, dtype=torch.float64)
+    train = hold_out(inputs, torch.tensor(labels), classes=2).train.inputs
+    inputs = (inputs - train.mean(dim=0)) / train.std(dim=0, correction=0)
+    return hold_out(inputs.float(), torch.tensor(labels, dtype=torch.int64), classes=2)
+
+
+_LOADERS: dict[str, Callable[[], Split]] = {
+    "digits": _digits,
+    "breast-cancer": _breast_cancer,
+    **{name: partial(vision.load_vision, name) for name in vision.NAMES},
+}

@@ -4,7 +4,14 @@ import math
 from collections.abc import Callable
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
+
+from .examples import DataError, require_file
+
+_HIDDEN = 64
+_GROUPS = 32
 
 
 def build_model(name: str, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
@@ -19,11 +26,64 @@ def build_model(name: str, input_shape: tuple[int, ...], classes: int, seed: int
         return _MODELS[name](input_shape, classes)
 
 
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a .safetensors file into the model, names and shapes being the model's own.
+
+    Raises:
+        DataError: naming the file, the tensor and what is wrong with it.
+    """
+    require_file(path)
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"{path}: not a safetensors file: {error}") from error
+    expected = model.state_dict()
+    odd = sorted(set(weights) ^ set(expected))
+    if odd:
+        raise DataError(f"{path}: its tensors are not those of the model; missing or extra: {', '.join(odd[:5])}")
+    for key, old in expected.items():
+        new = weights[key]
+        if new.shape != old.shape or new.is_floating_point() != old.is_floating_point():
+            raise DataError(f"{path}: {key!r} is {new.dtype} {list(new.shape)}, not {old.dtype} {list(old.shape)}")
+        if not torch.isfinite(new.to(old.dtype)).all():
+            raise DataError(f"{path}: {key!r} is not finite")
+    model.load_state_dict(weights)
+
+
+def _linear(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Multinomial logistic regression, on inputs of any shape."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), classes))
+
+
+def _mlp(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """One hidden layer of 64 units, on inputs of any shape."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(math.prod(input_shape), _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, classes)
+    )
+
+
+def _lenet(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """LeNet-5 (LeCun et al. 1998) with ReLU and max pooling: 6 and 16 channels, 120 and 84 units."""
+    channels, height, width = _image("lenet", input_shape, least=16)
+    return nn.Sequential(
+        nn.Conv2d(channels, 6, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * (((height - 4) // 2 - 4) // 2) * (((width - 4) // 2 - 4) // 2), 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, classes),
+    )
+
+
 def _cnn(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """Two convolutions 3 × 3 with pooling, two fully connected layers."""
-    if len(input_shape) != 3 or min(input_shape[1:]) < 4:
-        raise ValueError(f"model='cnn' takes images of at least 4 x 4, not inputs of shape {input_shape}")
-    channels, height, width = input_shape
+    channels, height, width = _image("cnn", input_shape, least=4)
     return nn.Sequential(
         nn.Conv2d(channels, 16, 3, padding=1),
         nn.ReLU(),
@@ -32,15 +92,41 @@ def _cnn(input_shape: tuple[int, ...], classes: int) -> nn.Module:
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(32 * (height // 4) * (width // 4), 64),
+        nn.Linear(32 * (height // 4) * (width // 4), _HIDDEN),
         nn.ReLU(),
-        nn.Linear(64, classes),
+        nn.Linear(_HIDDEN, classes),
     )
 
 
-def _mlp(input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """One hidden layer of 64 units, on inputs of any shape."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), 64), nn.ReLU(), nn.Linear(64, classes))
+def _resnet18_gn(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """torchvision's ResNet18 with GroupNorm (32 groups), whose statistics no client has to share.
+
+    Its stem is the one usual for CIFAR: a convolution 3 × 3 of stride 1, and no pooling.
+    """
+    channels, _, _ = _image("resnet18-gn", input_shape, least=8)
+    # Here, not on top: torchvision takes a second to import.
+    from torchvision.models import resnet18
+
+    model: nn.Module = resnet18(num_classes=classes, norm_layer=lambda width: nn.GroupNorm(_GROUPS, width))
+    model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+    model.maxpool = nn.Identity()
+    return model
 
 
-_MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {"cnn": _cnn, "mlp": _mlp}
+def _image(model: str, shape: tuple[int, ...], least: int) -> tuple[int, int, int]:
+    """The shape as channels, height, width."""
+    if len(shape) != 3 or min(shape[1:]) < least:
+        raise ValueError(
+            f"model={model!r} takes images of at least {least} x {least}, not inputs of shape {shape}"
+        )
+    return shape
+
+
+_MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
+    "linear": _linear,
+    "mlp": _mlp,
+    "lenet": _lenet,
+    "cnn": _cnn,
+    "resnet18-gn": _resnet18_gn,
+}

@@ -4,15 +4,15 @@ from functools import lru_cache
 
 import datasets
 import numpy as np
-import torch
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
+from torch import Tensor
 from torch.utils.data import Subset
 
+from ..config import Config
 from .datasets import load_dataset
+from .examples import Labels
 
 _MIN_EXAMPLES = 10
-
-Labels = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 def partition_indices(
@@ -46,15 +46,25 @@ def partition_indices(
     return parts
 
 
-@lru_cache(maxsize=8)
-def clients_data(
-    dataset: str, num_partitions: int, partition: str, alpha: float, seed: int
-) -> list[Subset[tuple[torch.Tensor, ...]]]:
-    """Each client's training examples, worked out once per process.
+def client_data(
+    config: Config, partition: int, partitions: int, *, augment: bool = False
+) -> Subset[tuple[Tensor, Tensor]]:
+    """The training examples of one client of so many; the data are read and split once per process.
 
     Raises:
+        DataError: as ``load_dataset``; or there are no images to augment.
         ValueError: as ``partition_indices``.
     """
-    split = load_dataset(dataset)
-    parts = partition_indices(split.train_labels, num_partitions, partition=partition, alpha=alpha, seed=seed)
-    return [Subset(split.train, part) for part in parts]
+    train = load_dataset(config.dataset, config.max_train_examples).train
+    parts = _parts(
+        config.dataset, config.max_train_examples, partitions, config.partition, config.alpha, config.seed
+    )
+    return Subset(train.augmented() if augment else train, parts[partition])
+
+
+@lru_cache(maxsize=8)
+def _parts(
+    dataset: str, max_train_examples: int, partitions: int, partition: str, alpha: float, seed: int
+) -> list[list[int]]:
+    labels = load_dataset(dataset, max_train_examples).train_labels
+    return partition_indices(labels, partitions, partition=partition, alpha=alpha, seed=seed)

@@ -1,0 +1,197 @@
+"""Several algorithms on the same partitions, initial models and seeds: one table, one plot.
+
+    python -m benchmarks.compare [--nodes 10] [algorithms=A,B,…] [seeds=3] [KEY=VALUE …]
+
+An algorithm may bring settings of its own, as in algorithms=fedavg:learning-rate=0.3,fedpm. The seeds
+are seed, seed + 1, …. Every run goes through the application's own ServerApp and ClientApp, in one
+process, many runs at a time; the numbers are those of the same run under Ray. All of it is left in
+the folder that output=FOLDER names, else under runs/.
+
+Columns: accuracy and loss of the global model on the test set after the last round, mean and standard
+deviation over seeds; the rounds until a run first has the accuracy with which the best of the other
+rows ends, mean over the seeds that get there, and how many do; MB from clients to server in all, and
+seconds, a run.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fedpm_flwr.config import Config, ConfigError, describe, parse_settings
+from fedpm_flwr.report import PREFIX, plot_curves
+
+from .table import Row, publish
+
+_DEFAULT_ALGORITHMS = "fedavg:learning-rate=0.3,localnewton,fedpm"
+_DEFAULT_SEEDS = 3
+_OWN = "algorithms: names joined by commas, each with :KEY=VALUE for settings of its own\nseeds: how many\n"
+Rounds = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: an algorithm, the settings it brings, and one configuration per seed."""
+
+    algorithm: str
+    settings: str
+    configs: tuple[Config, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.algorithm} {self.settings}".strip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description=__doc__.split("\n")[0],
+        epilog=f"settings:\n{_OWN}{describe()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--nodes", type=int, default=10, help="virtual clients (default: 10)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
+    parser.add_argument("--output", type=Path, help="write the table as JSON to this file too")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    given = parser.parse_args(arguments)
+    try:
+        for name in ("nodes", "jobs"):
+            if getattr(given, name) < 1:
+                raise ConfigError(f"--{name}={getattr(given, name)} is not allowed; allowed: >= 1")
+        folder, methods = plan(parse_settings(given.settings), given.nodes)
+    except ConfigError as error:
+        print(f"{PREFIX}{error}", file=sys.stderr)
+        return 2
+    runs = run_all([config for method in methods for config in method.configs], given.nodes, given.jobs)
+    done = {m: [runs[c.output] for c in m.configs] for m in methods if all(c.output in runs for c in m.configs)}
+    if done:
+        plot_curves({method.label: rounds for method, rounds in done.items()}, folder / "curves.png")
+        print(f"{PREFIX}curves in {folder / 'curves.png'}")
+        rows = table(done)
+        publish("compare", rows, folder / "compare.json", nodes=given.nodes, runs_at_a_time=given.jobs)
+        if given.output:
+            given.output.parent.mkdir(parents=True, exist_ok=True)
+            given.output.write_text((folder / "compare.json").read_text(encoding="utf-8"), encoding="utf-8")
+    return 0 if len(done) == len(methods) else 1
+
+
+def plan(settings: dict[str, Any], nodes: int) -> tuple[Path, list[Method]]:
+    """The folder of the comparison, and what to run.
+
+    Raises:
+        ConfigError: a setting is not allowed.
+    """
+    settings = {"min-available-nodes": nodes, **settings}
+    algorithms, seeds = settings.pop("algorithms", _DEFAULT_ALGORITHMS), settings.pop("seeds", _DEFAULT_SEEDS)
+    if type(seeds) is not int or seeds < 1:
+        raise ConfigError(f"seeds={seeds!r} is not allowed; allowed: whole number >= 1")
+    if "algorithm" in settings:
+        raise ConfigError(f"algorithm={settings['algorithm']!r}: say algorithms=… here")
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-compare"
+    folder = Path(settings.pop("output", "") or Path.cwd() / "runs" / name)
+    methods: list[Method] = []
+    for entry in str(algorithms).split(","):
+        algorithm, *own = entry.strip().split(":")
+        base = Config.from_run_config({**settings, **parse_settings(own), "algorithm": algorithm})
+        numbers = range(base.seed, base.seed + seeds)
+        places = {seed: "-".join([algorithm, *own, f"seed={seed}"]) for seed in numbers}
+        configs = tuple(replace(base, seed=seed, output=str(folder / name)) for seed, name in places.items())
+        methods.append(Method(algorithm, " ".join(own), configs))
+    if len({method.label for method in methods}) < len(methods):
+        raise ConfigError(f"algorithms={algorithms!r} names one twice")
+    return folder, methods
+
+
+def run_all(configs: Sequence[Config], nodes: int, jobs: int) -> dict[str, Rounds]:
+    """The rounds of each run that succeeded, by its output folder; says why the others did not."""
+    done: dict[str, Rounds] = {}
+    started = time.monotonic()
+    # Spawned, not forked: a fork of a process with threads, as torch and gRPC have, can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(configs)), mp_context=context) as pool:
+        futures = {pool.submit(_run, config, nodes): Path(config.output) for config in configs}
+        for ended, future in enumerate(as_completed(futures), start=1):
+            output = futures[future]
+            try:
+                rounds = done[str(output)] = future.result()
+                said = f"accuracy {rounds[-1]['test-accuracy']:.4f}"
+            except Exception as error:  # one run's failure, whatever it is, is not the others'
+                said = f"failed: {type(error).__name__}: {error}; its log: {output / 'flower.log'}"
+            left = (time.monotonic() - started) / ended * (len(configs) - ended)
+            print(f"{PREFIX}{ended}/{len(configs)}  {output.name}  {said}  {left:.0f} s left", flush=True)
+    return done
+
+
+def table(done: dict[Method, list[Rounds]]) -> list[Row]:
+    """One row a method, from the rounds of its runs, seed by seed."""
+    return [
+        _row(method, runs, [other for rival, other in done.items() if rival is not method])
+        for method, runs in done.items()
+    ]
+
+
+def _row(method: Method, runs: list[Rounds], rivals: list[list[Rounds]]) -> Row:
+    accuracies = [rounds[-1]["test-accuracy"] for rounds in runs]
+    best = [max(rounds[-1]["test-accuracy"] for rounds in same_seed) for same_seed in zip(*rivals, strict=True)]
+    reached = [
+        number for run, goal in zip(runs, best, strict=False) if (number := rounds_to(run, goal)) is not None
+    ]
+    return {
+        "method": method.algorithm,
+        "settings": method.settings,
+        "seeds": len(runs),
+        "accuracy_mean": _mean(accuracies),
+        "accuracy_std": _rounded(statistics.stdev(accuracies)) if len(runs) > 1 else None,
+        "loss_mean": _mean(rounds[-1]["test-loss"] for rounds in runs),
+        "rounds_to_best_rival": _mean(reached) if reached else None,
+        "seeds_reaching_it": len(reached),
+        "uplink_mb": _mean(sum(row["uplink-bytes"] for row in rounds) / 1e6 for rounds in runs),
+        "seconds": _mean(sum(row["seconds"] for row in rounds) for rounds in runs),
+    }
+
+
+def rounds_to(rounds: Rounds, accuracy: float) -> int | None:
+    """The first round after which a run has this test accuracy; None: there is none."""
+    return next((int(row["round"]) for row in rounds[1:] if row["test-accuracy"] >= accuracy), None)
+
+
+def _run(config: Config, nodes: int) -> Rounds:
+    """One run in a process of its own; what Flower and the application say goes to flower.log."""
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        (folder / "flower.log").open("w") as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+    ):
+        # Imported here: Flower's logger keeps the stderr that it finds.
+        import client_app
+        import server_app
+        from fedpm_flwr.inline import run_inline
+
+        run_inline(server_app.app, client_app.app, nodes, config.to_run_config())
+    rounds: Rounds = json.loads((folder / "metrics.json").read_text())
+    return rounds
+
+
+def _mean(values: Iterable[float]) -> float:
+    return _rounded(statistics.fmean(values))
+
+
+def _rounded(value: float) -> float:
+    """Five digits: more would not be read, nor be true."""
+    return float(f"{value:.5g}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Labelled examples in memory, read a batch at a time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+_PADDING = 4
+"""How far a crop may be moved, in pixels: as is usual for CIFAR."""
+
+Labels = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+class DataError(ValueError):
+    """Data that is missing, malformed or mislabelled; names the data set and the place."""
+
+
+@dataclass(frozen=True, eq=False)
+class Examples(Dataset[tuple[Tensor, Tensor]]):
+    """Inputs and their labels; ``examples[i]`` is one pair, ``examples[[i, j]]`` a batch.
+
+    Args:
+        inputs: float32 [examples, …], given out as they are, or uint8 images [examples, channels,
+            height, width], scaled from 0 … 255 to −1 … 1 when they are read: in memory a fourth.
+        labels: int64 [examples], from 0 to the number of classes − 1.
+        augment: whether images are moved by up to 4 pixels and mirrored at random when they are
+            read (torch's generator), as is usual for CIFAR.
+
+    Raises:
+        DataError: ``augment`` is asked for where there are no images.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    augment: bool = False
+    _transform: Callable[[Tensor], Tensor] | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_transform", _augmentation(self.input_shape) if self.augment else None)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor]:
+        inputs = self.inputs[index]
+        if self._transform is not None:
+            single = inputs.dim() < self.inputs.dim()
+            inputs = self._transform(inputs) if single else torch.stack([self._transform(one) for one in inputs])
+        if inputs.dtype == torch.uint8:
+            inputs = inputs.float() / 127.5 - 1.0
+        return inputs, self.labels[index]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return tuple(self.inputs.shape[1:])
+
+    def augmented(self) -> "Examples":
+        """The same examples, augmented when they are read."""
+        return replace(self, augment=True)
+
+    def first(self, count: int) -> "Examples":
+        """The first so many of them; 0: all."""
+        return replace(self, inputs=self.inputs[:count], labels=self.labels[:count]) if count else self
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A data set: what clients train on, what the server tests on, and the number of classes."""
+
+    train: Examples
+    test: Examples
+    classes: int
+
+    @property
+    def train_labels(self) -> Labels:
+        return self.train.labels.numpy()
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.train.input_shape
+
+
+def hold_out(inputs: Tensor, labels: Tensor, classes: int, every: int = 5) -> Split:
+    """Every fifth example for testing, the others for training."""
+    test = torch.arange(len(labels)) % every == 0
+    return Split(Examples(inputs[~test], labels[~test]), Examples(inputs[test], labels[test]), classes)
+
+
+def require_file(path: str) -> None:
+    """Raises DataError, saying what there is instead, unless the path is a file's."""
+    if not Path(path).is_file():
+        raise DataError(
+            f"{path}: {'a folder' if Path(path).is_dir() else 'there is no such file on this machine'}"
+        )
+
+
+def _augmentation(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    if len(shape) != 3:
+        raise DataError(f"augment=true is for images [channels, height, width], not inputs of shape {list(shape)}")
+    # Here, not on top: torchvision takes a second to import.
+    from torchvision.transforms import v2
+
+    transform: Callable[[Tensor], Tensor] = v2.Compose(
+        [v2.RandomCrop(shape[1:], padding=_PADDING), v2.RandomHorizontalFlip()]
+    )
+    return transform
