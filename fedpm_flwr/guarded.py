@@ -75,22 +75,18 @@ class Guarded(FedAvg):
         if self.failed_rounds:
             return None, None
         arrays, metrics = super().aggregate_train(server_round, with_common_metrics(kept))
-        if arrays is not None and not all(
-            torch.isfinite(value).all() for value in arrays.to_torch_state_dict().values()
-        ):
-            _log.error("%sround %d: the model stays as it was: the aggregate is not finite", PREFIX, server_round)
-            return None, metrics
-        return arrays, metrics
+        return arrays and self._as_sent(server_round, arrays), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """As the guarded strategy, from the usable replies."""
         kept = []
         for reply in replies:
             try:
-                messages.read_metrics(reply, self.weighted_by_key)
-                kept.append(reply)
+                metrics = messages.read_metrics(reply, self.weighted_by_key)
             except ReplyError as error:
                 self._warn(server_round, "evaluation", reply, error)
+                continue
+            kept.append(_with_content(reply, RecordDict({messages.METRICS: metrics})))
         return super().aggregate_evaluate(server_round, with_common_metrics(kept)) if kept else None
 
     def usable(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[Message, Update]]:
@@ -117,6 +113,17 @@ class Guarded(FedAvg):
             ReplyError: the reply cannot be used.
         """
         return messages.read_update(reply, self._theta, weighted_by=self.weighted_by_key)
+
+    def _as_sent(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord | None:
+        """The aggregate in θ's dtypes (averaging makes floats of integers), or None if it is not finite."""
+        state = {}
+        for key, value in arrays.to_torch_state_dict().items():
+            dtype = self._theta[key].dtype
+            state[key] = (value if dtype.is_floating_point else value.round()).to(dtype)
+            if not torch.isfinite(state[key]).all():
+                _log.error("%sround %d: the model stays as it was: %r is not finite", PREFIX, server_round, key)
+                return None
+        return ArrayRecord(state)
 
     def _count(self, server_round: int, used: int) -> None:
         if used >= self.min_replies:
@@ -145,10 +152,6 @@ def with_common_metrics(replies: list[Message]) -> list[Message]:
     """The replies with the metrics that all of them have in the same form, and no others."""
     contents = messages.with_common_metrics([reply.content for reply in replies])
     return [_with_content(reply, content) for reply, content in zip(replies, contents, strict=True)]
-
-
-def _is_finite(arrays: ArrayRecord) -> bool:
-    return all(bool(torch.isfinite(value).all()) for value in arrays.to_torch_state_dict().values())
 
 
 def _with_content(reply: Message, content: RecordDict) -> Message:

@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from torch import Tensor, nn
 
 from . import __version__
-from .curvature import CurvatureError, LayerCurvature, to_matrix
+from .curvature import CurvatureError, LayerCurvature
 from .wire import decode, encode
 
 ARRAYS = "arrays"
@@ -34,8 +34,10 @@ VERSION = "version"
 DIVERGED = "diverged"
 """A metric: not 0 where the client's loss or model is not finite after training."""
 
-_MAX_WEIGHT = 2**53
-"""The largest number up to which a float64 tells whole numbers apart."""
+_LARGEST_WHOLE = 2**53
+"""Up to here a float64 tells whole numbers apart."""
+_WIDE = 1e30
+"""What float32, bfloat16 and float64 reach, and float16 does not."""
 _MAX_QUOTE = 50
 """Longest part of a stranger's text that an error message repeats."""
 
@@ -192,7 +194,7 @@ def read_metrics(reply: Message, weighted_by: str = NUM_EXAMPLES) -> MetricRecor
     if len(records) != 1:
         raise ReplyError(f"it holds {len(records)} MetricRecords, not 1")
     weight = records[0].get(weighted_by)
-    if not isinstance(weight, int | float) or not 0 < weight <= _MAX_WEIGHT:
+    if not isinstance(weight, int | float) or not 0 < weight <= _LARGEST_WHOLE:
         raise ReplyError(f"{weighted_by!r} is {weight!r}, not a number > 0 and <= 2**53")
     return records[0]
 
@@ -235,12 +237,33 @@ def _read_state(content: RecordDict, theta: Mapping[str, Tensor]) -> dict[str, T
             new = torch.from_numpy(record[key].numpy())
         except Exception as error:  # bytes from outside: whatever is wrong with them, the reply is unusable
             raise ReplyError(f"array {key!r} cannot be read: {error}") from error
-        if new.shape != old.shape or new.is_floating_point() != old.is_floating_point():
+        if new.shape != old.shape or _sort(new) != _sort(old):
             raise ReplyError(f"array {key!r} is {new.dtype} {list(new.shape)}, not {old.dtype} {list(old.shape)}")
         state[key] = new.to(old.dtype)
         if not torch.isfinite(state[key]).all():
             raise ReplyError(f"array {key!r} is not finite in {old.dtype}")
+        if new.numel() and _magnitude(new) > _largest(old.dtype):
+            raise ReplyError(f"array {key!r} has a value beyond {_largest(old.dtype):.3g}")
     return state
+
+
+def _sort(array: Tensor) -> tuple[bool, bool, bool]:
+    """Floating point, complex, bool, or whole numbers: within a sort, widths may differ."""
+    return array.is_floating_point(), array.is_complex(), array.dtype == torch.bool
+
+
+def _largest(dtype: torch.dtype) -> float:
+    """The largest value that mixing can still compute with, in float64 and then in this dtype."""
+    if dtype == torch.bool:
+        return 1.0
+    if dtype.is_floating_point or dtype.is_complex:
+        largest = torch.finfo(dtype).max
+        return float(largest**0.5 if largest > _WIDE else largest)
+    return float(min(_LARGEST_WHOLE, torch.iinfo(dtype).max))
+
+
+def _magnitude(array: Tensor) -> float:
+    return float((array if array.is_complex() else array.to(torch.float64)).abs().max())
 
 
 def _read_layers(
@@ -258,14 +281,13 @@ def _read_layers(
             raise ReplyError(
                 f"its curvature: layer {layer.block.name!r}: damping {layer.damping} is not in [{low}, {high}]"
             )
-        _check_positive_definite(layer, theta)
+        _check_positive_definite(layer)
     return layers
 
 
-def _check_positive_definite(layer: LayerCurvature, theta: Mapping[str, Tensor]) -> None:
+def _check_positive_definite(layer: LayerCurvature) -> None:
     """One client's indefinite P could make the sum singular, or nearly so, for everyone."""
-    nothing = to_matrix([torch.zeros(theta[key].shape, dtype=torch.float64) for key in layer.block.parameters])
     try:
-        layer.curvature.to(torch.float64).damped(layer.damping).solve(nothing)
+        layer.curvature.to(torch.float64).damped(layer.damping).check_positive_definite()
     except CurvatureError as error:
         raise ReplyError(f"its curvature: layer {layer.block.name!r}: {error}") from error

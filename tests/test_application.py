@@ -5,18 +5,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Context, Message, RecordDict
+from safetensors.torch import load_file, save
 from torch import nn
 
 import client_app
 import server_app
 from fedpm_flwr import messages
-from fedpm_flwr.algorithms import get_algorithm
+from fedpm_flwr.algorithms import get_algorithm, settings_without_effect
 from fedpm_flwr.config import ALGORITHMS, Config
+from fedpm_flwr.guarded import TooFewRepliesError
 from fedpm_flwr.inline import run_inline
 from fedpm_flwr.strategy import FedPM
+from fedpm_flwr.tasks import DataError, Examples, build_model, client_data, load_dataset
 from fedpm_flwr.training import FitResult, fit, loader
 
 from .apps import reply_with
@@ -136,6 +140,136 @@ def test_batches_are_in_another_order_each_round(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(client_app, "loader", note)
     run(tmp_path, {"num-server-rounds": 3})
     assert len(seeds) == len(set(seeds)) == 9
+
+
+def test_the_clients_figures_are_reported_from_worst_to_best(tmp_path: Path) -> None:
+    rows = run(tmp_path, {"fraction-evaluate": 1.0}, nodes=4)
+    for row in rows[1:]:
+        for name in ("train-accuracy", "client-accuracy"):
+            assert 0 <= row[f"{name}-worst"] <= row[f"{name}-median"] <= row[f"{name}-best"] <= 1
+        for name in ("train-loss", "client-loss"):
+            assert row[f"{name}-worst"] > row[f"{name}-median"] > row[f"{name}-best"] > 0
+        assert row["train-accuracy-worst"] < row["train-accuracy"] < row["train-accuracy-best"]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_diverging_clients_say_so_and_the_run_stops(
+    algorithm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(
+        TooFewRepliesError, match="round 3: 0 usable replies, but min-replies is 1; that was round 3"
+    ):
+        run(tmp_path, {"algorithm": algorithm, "learning-rate": 1e30, "num-server-rounds": 9})
+    assert caplog.text.count("its training diverged, it says: loss or model are not finite") == 9
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedpm"])
+def test_one_client_with_bad_data_does_not_stop_the_others(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def poisoned(config: Config, partition: int, partitions: int, *, augment: bool = False) -> object:
+        data = client_data(config, partition, partitions)
+        return (
+            Examples(torch.full((9, 1, 8, 8), 1e38), torch.zeros(9, dtype=torch.int64)) if partition == 1 else data
+        )
+
+    monkeypatch.setattr(client_app, "client_data", poisoned)
+    rows = run(tmp_path, {"algorithm": algorithm, "num-server-rounds": 3})
+    assert [row["clients"] for row in rows] == [0, 2, 2, 2]
+    assert caplog.text.count("(partition 1): its training diverged, it says") == 3
+
+
+def test_a_run_that_stops_leaves_its_last_good_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(request: Message, model: nn.Module, metrics: dict[str, float], optimizer: Any) -> Message:
+        if messages.server_round_of(request) > 2:
+            raise RuntimeError("no more")
+        return train_reply(request, model, metrics, optimizer)
+
+    train_reply = messages.train_reply
+    monkeypatch.setattr(messages, "train_reply", failing)
+    with pytest.raises(TooFewRepliesError, match="that was round 2 in a row"):
+        run(tmp_path / "stops", {"num-server-rounds": 9, "max-failed-rounds": 2})
+    monkeypatch.setattr(messages, "train_reply", train_reply)
+    run(tmp_path / "short", {"num-server-rounds": 2})
+    stopped, short = (load_file(tmp_path / name / "model.safetensors") for name in ("stops", "short"))
+    assert all(torch.equal(stopped[key], value) for key, value in short.items())
+    assert (tmp_path / "stops" / "curves.png").exists()
+
+
+def test_an_initial_model_is_where_the_run_starts(tmp_path: Path) -> None:
+    first = run(tmp_path / "a", {"num-server-rounds": 3})
+    path = str(tmp_path / "a" / "model.safetensors")
+    again = run(tmp_path / "b", {"initial-model": path, "num-server-rounds": 1})
+    assert again[0]["test-loss"] == first[-1]["test-loss"]
+    assert again[1]["test-loss"] < first[-1]["test-loss"]
+
+
+def broken_weights(folder: Path) -> dict[str, tuple[object, str]]:
+    good = build_model("mlp", (1, 8, 8), 10, 0).state_dict()
+    less = {key: value for key, value in good.items() if key != "1.bias"}
+    return {
+        "missing": (None, "there is no such file on this machine"),
+        "rubbish": (b"rubbish", "not a safetensors file"),
+        "cut": (save(good)[:-8], "not a safetensors file"),
+        "keys": (save(less | {"odd": torch.zeros(1)}), "missing or extra: 1.bias, odd"),
+        "shape": (
+            save(good | {"1.bias": torch.zeros(3)}),
+            r"'1.bias' is torch.float32 \[3\], not torch.float32 \[64\]",
+        ),
+        "nan": (save(good | {"1.bias": torch.full((64,), torch.nan)}), "'1.bias' is not finite"),
+    }
+
+
+@pytest.mark.parametrize("name", list(broken_weights(Path())))
+def test_an_initial_model_that_does_not_fit_is_refused(name: str, tmp_path: Path) -> None:
+    data, message = broken_weights(tmp_path)[name]
+    path = tmp_path / "weights.safetensors"
+    if isinstance(data, bytes):
+        path.write_bytes(data)
+    with pytest.raises(DataError, match=f"{path}: .*{message}"):
+        run(tmp_path / "run", {"initial-model": str(path), "model": "mlp"})
+
+
+def test_settings_without_effect_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, {"algorithm": "localnewton", "weighting": "uniform", "damping": 0.2, "num-server-rounds": 1})
+    said = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
+    assert said == ["fedpm | weighting='uniform' has no effect: algorithm='localnewton' does not read it"]
+    assert settings_without_effect(Config(weighting="uniform", damping=0.2)) == []
+
+
+def test_data_from_a_file_with_augmentation_read_once(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    images = (generator.random((60, 16, 16, 3)) * 80 + 80 * labels[:, None, None, None]).astype(np.uint8)
+    np.savez(tmp_path / "d.npz", x_train=images, y_train=labels, x_test=images[:9], y_test=labels[:9])
+    settings = {"dataset": f"npz:{tmp_path / 'd.npz'}", "model": "lenet", "augment": True, "alpha": 10.0}
+    before = load_dataset.cache_info().misses
+    rows = run(tmp_path / "run", {**settings, "num-server-rounds": 4, "batch-size": 8, "damping": 1.0})
+    assert load_dataset.cache_info().misses == before + 1
+    assert rows[-1]["test-loss"] < rows[0]["test-loss"] - 0.005
+    plain = run(tmp_path / "plain", {**settings, "augment": False, "batch-size": 8, "damping": 1.0})
+    assert plain[1]["test-loss"] != rows[1]["test-loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "npz:/nowhere/d.npz"}, "/nowhere/d.npz: there is no such file on this machine"),
+        ({"dataset": "breast-cancer"}, "model='cnn' takes images"),
+        ({"model": "lenet"}, "model='lenet' takes images of at least 16 x 16"),
+    ],
+)
+def test_data_that_is_not_there_or_does_not_fit_ends_the_run_at_once(
+    changes: Settings, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, changes)
+
+
+@pytest.mark.parametrize("model", ["linear", "mlp"])
+def test_features_train(model: str, tmp_path: Path) -> None:
+    rows = run(tmp_path, {"dataset": "breast-cancer", "model": model, "damping": 1.0})
+    assert rows[-1]["test-accuracy"] > 0.85
 
 
 def test_make_run_reaches_090(tmp_path: Path) -> None:

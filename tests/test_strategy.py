@@ -35,10 +35,14 @@ def good_client() -> ClientApp:
 
 
 def curvature_of(
-    side: int = 3, damping: float = 0.1, value: float = 1.0, off_diagonal: float = 0.0
+    side: int = 3,
+    damping: float = 0.1,
+    value: float = 1.0,
+    off_diagonal: float = 0.0,
+    parameters: tuple[str, ...] = ("weight", "bias"),
 ) -> ConfigRecord:
     factor = value * torch.eye(side) + off_diagonal * (torch.ones(side, side) - torch.eye(side))
-    layer = LayerCurvature(Block("", ("weight", "bias")), KroneckerRight(factor), damping)
+    layer = LayerCurvature(Block("", parameters), KroneckerRight(factor), damping)
     return ConfigRecord({messages.PAYLOAD: encode([layer], "triangle-float32")})
 
 
@@ -139,6 +143,37 @@ BROKEN: dict[str, tuple[Breaking, str]] = {
     "curvature has a lie off its diagonal": (
         lambda m, a: reply_with(m, a, {"num-examples": 5}, curvature=curvature_of(off_diagonal=1e6)),
         "its curvature: layer '': a matrix of side 3 is not positive definite",
+    ),
+    "curvature is cut off": (
+        lambda m, a: reply_with(
+            m,
+            a,
+            {"num-examples": 5},
+            curvature=ConfigRecord({"payload": bytes(curvature_of()["payload"])[:-4]}),  # type: ignore[arg-type]
+        ),
+        "its curvature: not a safetensors document",
+    ),
+    "curvature of another version": (
+        lambda m, a: reply_with(
+            m, a, {"num-examples": 5}, curvature=ConfigRecord({**curvature_of(), messages.VERSION: "7.0.0"})
+        ),
+        "its curvature is made by fedpm-flwr '7.0.0'; the server has .*: install the same version on both",
+    ),
+    "curvature of a layer that is not there": (
+        lambda m, a: reply_with(m, a, {"num-examples": 5}, curvature=curvature_of(parameters=("other",))),
+        "'other'",
+    ),
+    "curvature without size": (
+        lambda m, a: reply_with(m, a, {"num-examples": 5}, curvature=curvature_of(value=0.0, damping=0.0)),
+        "its curvature: layer '': a matrix of trace 0",
+    ),
+    "diverged": (
+        lambda m, a: reply_with(m, a, {"num-examples": 5, "diverged": 1}),
+        "its training diverged, it says",
+    ),
+    "huge": (
+        lambda m, a: reply_with(m, swapped(a, "bias", torch.tensor([3e38])), {"num-examples": 5}),
+        r"array 'bias' has a value beyond 1.84e\+19",
     ),
     "damping out of bounds": (
         lambda m, a: reply_with(m, a, {"num-examples": 5}, curvature=curvature_of(damping=1e7)),
@@ -297,9 +332,9 @@ def test_a_mixture_that_is_not_finite_keeps_the_model(caplog: pytest.LogCaptureF
     @app.train()
     def train(message: Message, context: Context) -> Message:
         arrays = message.content.array_records[messages.ARRAYS]
-        return reply_with(message, swapped(arrays, "bias", torch.tensor([3e38])), {"num-examples": 1})
+        return reply_with(message, swapped(arrays, "bias", torch.tensor([1e19])), {"num-examples": 1})
 
-    result = federate(app, FedPM(server_learning_rate=2.0), make_model(), 2)
+    result = federate(app, FedPM(server_learning_rate=1e20), make_model(), 2)
     assert len(result.arrays) == 0
     assert "the model stays as it was: the mixed 'bias' is not finite" in caplog.text
 

@@ -7,6 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+_MAX_TRACE = 1e100
+_MARGIN = 100.0
+
 
 class CurvatureError(ValueError):
     """A curvature is not positive definite, not finite, or of the wrong size."""
@@ -50,6 +53,14 @@ class Curvature(ABC):
         """P as a matrix [size, size] on vec(Δ), rows of Δ one after another; size = rows · columns."""
 
     @abstractmethod
+    def check_positive_definite(self) -> None:
+        """Whether P may be summed with others and the sum inverted.
+
+        Raises:
+            CurvatureError: P is indefinite, or singular as far as its dtype can tell.
+        """
+
+    @abstractmethod
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "Curvature":
         """P with its tensors of this dtype, on this device."""
 
@@ -85,6 +96,19 @@ def cholesky_solve(matrix: Tensor, rhs: Tensor) -> Tensor:
     """M⁻¹·R for a symmetric positive definite M [n, n] and R [n, k], in R's dtype."""
     lower = cholesky(matrix)
     return torch.cholesky_solve(rhs.to(lower.dtype), lower).to(rhs.dtype)
+
+
+def check_positive_definite(matrix: Tensor) -> None:
+    """Raise CurvatureError unless the least eigenvalue is above 100 ε tr(M), and tr(M) of a size to compute with.
+
+    The margin adds up: a sum of matrices that have it has it too, so that one matrix on the edge
+    cannot make the sum of all singular.
+    """
+    trace = float(matrix.diagonal().sum())
+    if not 1 / _MAX_TRACE < trace < _MAX_TRACE:
+        raise CurvatureError(f"a matrix of trace {trace:.3g}; allowed: {1 / _MAX_TRACE:g} to {_MAX_TRACE:g}")
+    margin = _MARGIN * torch.finfo(matrix.dtype).eps * trace
+    cholesky(matrix - margin * torch.eye(len(matrix)).to(matrix))
 
 
 def check_square(matrix: Tensor, name: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Curvature, CurvatureError, check_square, cholesky_solve
+from .base import Curvature, CurvatureError, check_positive_definite, check_square, cholesky_solve
 from .identity import Identity
 
 
@@ -40,6 +40,9 @@ class Dense(Curvature):
         if size != len(self.matrix):
             raise CurvatureError(f"a dense curvature of side {len(self.matrix)} has no form of side {size}")
         return self.matrix
+
+    def check_positive_definite(self) -> None:
+        check_positive_definite(self.matrix)
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "Dense":
         return Dense(self.matrix.to(dtype=dtype, device=device))

@@ -19,8 +19,7 @@ class Identity(Curvature):
         return self.scale * delta
 
     def solve(self, rhs: Tensor) -> Tensor:
-        if not self.scale > 0:
-            raise CurvatureError(f"{self.scale} times the identity is not positive definite")
+        self.check_positive_definite()
         return rhs / self.scale
 
     def damped(self, damping: float) -> "Identity":
@@ -34,6 +33,10 @@ class Identity(Curvature):
 
     def to_dense(self, size: int) -> Tensor:
         return self.scale * torch.eye(size, dtype=torch.float64)
+
+    def check_positive_definite(self) -> None:
+        if not self.scale > 0:
+            raise CurvatureError(f"{self.scale} times the identity is not positive definite")
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "Identity":
         return self

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Curvature, CurvatureError, check_square, cholesky_solve
+from .base import Curvature, CurvatureError, check_positive_definite, check_square, cholesky_solve
 from .dense import Dense
 from .identity import Identity
 
@@ -52,6 +52,9 @@ class KroneckerRight(Curvature):
         if rest:
             raise CurvatureError(f"a Kronecker factor of side {len(self.factor)} has no form of side {size}")
         return torch.kron(torch.eye(rows).to(self.factor), self.factor)
+
+    def check_positive_definite(self) -> None:
+        check_positive_definite(self.factor)
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "KroneckerRight":
         return KroneckerRight(self.factor.to(dtype=dtype, device=device))

@@ -1,5 +1,6 @@
 """Data sets by name. A new one is one loader and one line in ``_LOADERS``."""
 
+import logging
 from collections.abc import Callable
 from functools import lru_cache, partial
 
@@ -8,6 +9,8 @@ from sklearn.datasets import load_breast_cancer, load_digits
 
 from . import files, vision
 from .examples import Split, hold_out
+
+_log = logging.getLogger("flwr")
 
 
 @lru_cache(maxsize=2)
@@ -19,8 +22,10 @@ def load_dataset(name: str, max_train_examples: int = 0) -> Split:
         DataError: the data is missing, malformed or mislabelled.
     """
     prefix, colon, path = name.partition(":")
-    split = files.LOADERS[prefix](path) if colon else _LOADERS[name]()
-    return Split(split.train.first(max_train_examples), split.test, split.classes)
+    whole = files.LOADERS[prefix](path) if colon else _LOADERS[name]()
+    split = Split(whole.train.first(max_train_examples), whole.test, whole.classes)
+    _log.info("read %s: %d training and %d test examples", name, len(split.train), len(split.test))
+    return split
 
 
 def _digits() -> Split:

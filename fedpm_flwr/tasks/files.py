@@ -170,7 +170,8 @@ def _dense(path: str, matrix: Any) -> Tensor:
         raise DataError(
             f"{path}: {matrix.shape[0]} examples of {matrix.shape[1]} features are too many to hold densely"
         )
-    inputs = torch.from_numpy(matrix.astype(np.float32).toarray())
+    with np.errstate(over="ignore"):
+        inputs = torch.from_numpy(matrix.astype(np.float32).toarray())
     if not torch.isfinite(inputs).all():
         raise DataError(f"{path}: a feature is not finite in float32")
     return inputs

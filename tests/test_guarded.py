@@ -1,0 +1,147 @@
+"""Rounds that go on: what is left out, what is said, when it stops; under stock strategies too."""
+
+import logging
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
+from torch import nn
+
+from fedpm_flwr import messages
+from fedpm_flwr.guarded import Guarded, TooFewRepliesError
+from fedpm_flwr.reproducible import PartitionOrderedGrid
+from fedpm_flwr.strategy import FedPM
+
+from .apps import federate, reply_with
+
+
+class GuardedFedAdam(Guarded, FedAdam):
+    """A server optimizer under the guard."""
+
+
+class GuardedFedMedian(Guarded, FedMedian):
+    """A robust aggregation under the guard."""
+
+
+STRATEGIES = [Guarded, FedPM, GuardedFedAdam, GuardedFedMedian]
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+
+
+def client(bad: dict[int, set[int]], metrics: dict[str, float] | None = None) -> ClientApp:
+    """Adds 1 to all parameters; the partitions in ``bad[round]`` send NaN instead."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        partition, number = messages.partition_of(context)[0], messages.server_round_of(message)
+        step = float("nan") if partition in bad.get(number, ()) else 1.0
+        old = message.content.array_records[messages.ARRAYS].to_torch_state_dict()
+        state = {key: value + step if value.is_floating_point() else value + 2 for key, value in old.items()}
+        return reply_with(message, ArrayRecord(state), {"num-examples": 1 + partition, **(metrics or {})})
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        partition, number = messages.partition_of(context)[0], messages.server_round_of(message)
+        if partition in bad.get(number, ()):
+            return messages.metrics_reply(message, {"num-examples": 0})
+        return messages.metrics_reply(message, {"num-examples": 1, "loss": float(partition)})
+
+    @app.query(messages.PARTITION_ACTION)
+    def partition(message: Message, context: Context) -> Message:
+        return messages.partition_reply(message, context)
+
+    return app
+
+
+def ordered(grid: Grid) -> Grid:
+    return PartitionOrderedGrid(grid, 0)
+
+
+def stays(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "the model stays as it was" in record.getMessage()]
+
+
+def test_the_warning_names_node_partition_and_reason(caplog: pytest.LogCaptureFixture) -> None:
+    federate(client({1: {2}}), FedPM(), make_model(), 4, wrap=ordered)
+    (line,) = [record.getMessage() for record in caplog.records if "left out the reply" in record.getMessage()]
+    assert line.startswith("fedpm | round 1: left out the reply of node ")
+    assert line.endswith("(partition 2): array '0.weight' is not finite in torch.float32")
+
+
+def test_without_a_grid_that_knows_partitions_the_node_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    federate(client({1: {2}}), FedPM(), make_model(), 4)
+    assert "partition" not in caplog.text
+
+
+@pytest.mark.parametrize("make", STRATEGIES)
+def test_stock_strategies_go_on_without_the_bad_replies(
+    make: type[Guarded], caplog: pytest.LogCaptureFixture
+) -> None:
+    result = federate(client({1: {0}, 2: {1}}), make(), make_model(), 3, rounds=3, wrap=ordered)
+    state = result.arrays.to_torch_state_dict()
+    assert all(torch.isfinite(value).all() for value in state.values())
+    assert caplog.text.count("left out the reply") == 2
+    assert caplog.text.count("left out the evaluation") == 2
+    assert result.evaluate_metrics_clientapp[1] == MetricRecord({"loss": 1.5})
+
+
+def test_guarded_averaging_is_stock_averaging_where_nothing_is_wrong() -> None:
+    states = [
+        federate(client({}, {"loss": 2.0}), make(), make_model(), 3, rounds=2).arrays.to_torch_state_dict()
+        for make in (FedAvg, Guarded)
+    ]
+    for key, value in states[0].items():
+        if key != "1.num_batches_tracked":  # a float after Flower's average: the next test
+            torch.testing.assert_close(states[1][key], value)
+
+
+def test_counters_stay_whole_numbers_over_rounds() -> None:
+    """Flower's averaging makes floats of them, and then no client's integers would fit."""
+    state = federate(client({}), Guarded(), make_model(), 3, rounds=3).arrays.to_torch_state_dict()
+    assert state["1.num_batches_tracked"].dtype == torch.int64
+    assert state["1.num_batches_tracked"] == 6
+
+
+@pytest.mark.parametrize("make", [Guarded, FedPM])
+def test_too_few_replies_keep_the_model_and_then_stop_the_run(
+    make: type[Guarded], caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = {2: {0, 1}, 3: {0, 1}, 4: {0}, 5: {0, 1}, 6: {1, 2}, 7: {0, 1, 2}}
+    with pytest.raises(
+        TooFewRepliesError,
+        match="round 7: 0 usable replies, but min-replies is 2; that was round 3 in a row, and the run stops",
+    ):
+        federate(client(bad), make(min_replies=2), make_model(), 3, rounds=9)
+    assert [line.split(":")[0] for line in stays(caplog)] == [f"fedpm | round {i}" for i in (2, 3, 5, 6)]
+
+
+def test_a_round_that_does_not_count_leaves_no_trace() -> None:
+    with_gap = federate(client({2: {0, 1}}), FedPM(min_replies=2), make_model(), 3, rounds=3)
+    without = federate(client({}), FedPM(), make_model(), 3, rounds=2)
+    for key, value in without.arrays.to_torch_state_dict().items():
+        torch.testing.assert_close(with_gap.arrays.to_torch_state_dict()[key], value)
+    assert set(with_gap.train_metrics_clientapp) == {1, 3}
+
+
+@pytest.mark.parametrize("name", ["min_replies", "max_failed_rounds"])
+def test_wrong_arguments_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be >= 1, not 0"):
+        Guarded(**{name: 0})
+
+
+def test_an_average_that_is_not_finite_keeps_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    class Overflowing(Guarded, FedAdam):
+        """Flower's own step, of a length that float32 cannot hold."""
+
+    strategy = Overflowing(eta=1e300)
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        result = federate(client({}), strategy, make_model(), 2)
+    assert len(result.arrays) == 0
+    assert len(stays(caplog)) == 1
