@@ -156,9 +156,7 @@ def test_the_clients_figures_are_reported_from_worst_to_best(tmp_path: Path) -> 
 def test_diverging_clients_say_so_and_the_run_stops(
     algorithm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(
-        TooFewRepliesError, match="round 3: 0 usable replies, but min-replies is 1; that was round 3"
-    ):
+    with pytest.raises(TooFewRepliesError, match="round 3: 0 usable replies, .* that was round 3"):
         run(tmp_path, {"algorithm": algorithm, "learning-rate": 1e30, "num-server-rounds": 9})
     assert caplog.text.count("its training diverged, it says: loss or model are not finite") == 9
 
@@ -170,7 +168,9 @@ def test_one_client_with_bad_data_does_not_stop_the_others(
     def poisoned(config: Config, partition: int, partitions: int, *, augment: bool = False) -> object:
         data = client_data(config, partition, partitions)
         return (
-            Examples(torch.full((9, 1, 8, 8), 1e38), torch.zeros(9, dtype=torch.int64)) if partition == 1 else data
+            Examples(torch.full((9, 1, 8, 8), torch.nan), torch.zeros(9, dtype=torch.int64))
+            if partition == 1
+            else data
         )
 
     monkeypatch.setattr(client_app, "client_data", poisoned)
