@@ -156,7 +156,7 @@ def test_the_clients_figures_are_reported_from_worst_to_best(tmp_path: Path) -> 
 def test_diverging_clients_say_so_and_the_run_stops(
     algorithm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(TooFewRepliesError, match="round 3: 0 usable replies, .* that was round 3"):
+    with pytest.raises(TooFewRepliesError, match=r"round 3: 0 usable replies, .* that was round 3"):
         run(tmp_path, {"algorithm": algorithm, "learning-rate": 1e30, "num-server-rounds": 9})
     assert caplog.text.count("its training diverged, it says: loss or model are not finite") == 9
 

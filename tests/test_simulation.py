@@ -1,11 +1,14 @@
 """Real simulations: ``flwr run`` over Ray, as ``make run`` starts them."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -23,13 +26,13 @@ _MARK = "FEDPM_TEST_MARK"
 _LIMIT_S = 240
 
 
-def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+def start(*arguments: str, checkout: Path = ROOT) -> tuple[subprocess.Popen[str], str]:
     """Start scripts/simulate.py with a mark in its environment, which all that it starts inherits."""
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
         [sys.executable, "scripts/simulate.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, _MARK: mark, "PYTHONPATH": str(ROOT)},
+        cwd=checkout,
+        env={**os.environ, _MARK: mark, "PYTHONPATH": str(checkout)},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -48,9 +51,9 @@ def left_behind(mark: str) -> list[str]:
     return found
 
 
-def simulate(folder: Path, nodes: int, **settings: object) -> str:
+def simulate(folder: Path, nodes: int, settings: Mapping[str, object], checkout: Path = ROOT) -> str:
     arguments = [f"{key}={value}" for key, value in settings.items()]
-    process, mark = start("--nodes", str(nodes), f"output={folder}", *arguments)
+    process, mark = start("--nodes", str(nodes), f"output={folder}", *arguments, checkout=checkout)
     out, err = process.communicate(timeout=_LIMIT_S)
     assert process.returncode == 0, out + err
     assert left_behind(mark) == []
@@ -62,7 +65,7 @@ def simulate(folder: Path, nodes: int, **settings: object) -> str:
 )
 def test_ray_and_inline_give_the_same_bits(algorithm: str, fraction: float, tmp_path: Path) -> None:
     settings = {"algorithm": algorithm, "fraction-train": fraction, "num-server-rounds": 3, "seed": 4}
-    lines = simulate(tmp_path / "ray", 4, **settings).splitlines()
+    lines = simulate(tmp_path / "ray", 4, settings).splitlines()
     assert [line for line in lines if "round 3/3" in line]
     assert "done: test accuracy" in lines[-2]
 
@@ -76,6 +79,58 @@ def test_ray_and_inline_give_the_same_bits(algorithm: str, fraction: float, tmp_
         assert torch.equal(value, two[key]), key
     for name in ("config.toml", "metrics.csv", "metrics.json", "curves.png", "flower.log"):
         assert (tmp_path / "ray" / name).stat().st_size > 0
+    # Once in the server's process, and once in each of Ray's that serve the clients: not once a round.
+    read = (tmp_path / "ray" / "flower.log").read_text().count("read digits: ")
+    assert 2 <= read <= 1 + (os.cpu_count() or 1)
+
+
+_BAD_CLIENTS = """
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord
+
+honest, app = app, ClientApp()
+
+
+@app.train()
+def break_the_reply(message: Message, context: Context) -> Message:
+    reply = honest(message, context)
+    number = messages.partition_of(context)[0]
+    if number == 1:  # its model is not finite
+        arrays = reply.content[messages.ARRAYS].to_torch_state_dict()
+        reply.content[messages.ARRAYS] = ArrayRecord({key: value * torch.nan for key, value in arrays.items()})
+    if number == 3:  # its curvature lost its end
+        record = reply.content[messages.CURVATURE]
+        record[messages.PAYLOAD] = record[messages.PAYLOAD][:-100]
+    return reply
+
+
+@app.query(messages.PARTITION_ACTION)
+def say_the_partition(message: Message, context: Context) -> Message:
+    return honest(message, context)
+"""
+
+
+def test_two_bad_clients_are_left_out_and_the_others_train(tmp_path: Path) -> None:
+    """A checkout of its own, whose ClientApp breaks the replies of two of five clients."""
+    checkout = tmp_path / "fedpm-flwr"
+    ignored = shutil.ignore_patterns(".*", "runs", "tests", "docs", "__pycache__")
+    shutil.copytree(ROOT, checkout, ignore=ignored)
+    with (checkout / "client_app.py").open("a") as file:
+        file.write(_BAD_CLIENTS)
+    settings = {"num-server-rounds": 3, "min-replies": 3, "max-failed-rounds": 1, "alpha": 10.0}
+    out = simulate(tmp_path / "run", 5, settings, checkout)
+    for number in (1, 2, 3):
+        left_out = [line for line in out.splitlines() if f"round {number}: left out" in line]
+        (nan,) = [line for line in left_out if "(partition 1)" in line]
+        (cut,) = [line for line in left_out if "(partition 3)" in line]
+        assert "is not finite" in nan
+        assert "its curvature: not a safetensors document" in cut
+    rows = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert [row["clients"] for row in rows] == [0, 3, 3, 3]
+    assert rows[-1]["test-loss"] < rows[0]["test-loss"]
+    model = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in model.values())
 
 
 def test_a_failed_run_does_not_exit_0_and_says_why(tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""The comparison of methods, over real runs, and the table that it makes of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.compare import Method, main, plan, rounds_to, table
+from fedpm_flwr.config import Config, ConfigError
+
+
+def result_of(out: str) -> dict[str, object]:
+    line = out.splitlines()[-1]
+    assert line.startswith("RESULT ")
+    document: dict[str, object] = json.loads(line.removeprefix("RESULT "))
+    return document
+
+
+def test_methods_meet_on_the_same_seeds(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "compare"
+    settings = ["seeds=2", "seed=3", "num-server-rounds=2", f"output={folder}", "model=mlp"]
+    algorithms = "algorithms=fedavg:learning-rate=0.3,fedpm"
+    code = main(["--nodes", "3", "--output", str(tmp_path / "table.json"), algorithms, *settings])
+    out = capfd.readouterr().out
+    assert code == 0, out
+    document = result_of(out)
+    assert document == json.loads((tmp_path / "table.json").read_text())
+    rows = document["rows"]
+    assert isinstance(rows, list)
+    assert [(row["method"], row["settings"], row["seeds"]) for row in rows] == [
+        ("fedavg", "learning-rate=0.3", 2),
+        ("fedpm", "", 2),
+    ]
+    for row, name in zip(rows, ("fedavg-learning-rate=0.3", "fedpm"), strict=True):
+        runs = [json.loads((folder / f"{name}-seed={seed}" / "metrics.json").read_text()) for seed in (3, 4)]
+        accuracies = [rounds[-1]["test-accuracy"] for rounds in runs]
+        assert row["accuracy_mean"] == pytest.approx(sum(accuracies) / 2, rel=1e-4)
+        assert row["accuracy_std"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5, rel=1e-4)
+        assert row["uplink_mb"] == pytest.approx(runs[0][1]["uplink-bytes"] * 2 / 1e6, rel=1e-3)
+        assert (folder / f"{name}-seed=3" / "flower.log").stat().st_size > 0
+    first = [
+        json.loads((folder / f"{n}-seed=3" / "metrics.json").read_text())[0]
+        for n in ("fedpm", "fedavg-learning-rate=0.3")
+    ]
+    assert first[0]["test-loss"] == first[1]["test-loss"]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "fedpm | 4/4" in out
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = ["seeds=1", "num-server-rounds=1", f"output={tmp_path}", "model=mlp", "max-failed-rounds=1"]
+    code = main(["--nodes", "2", "algorithms=fedavg,fedavg:learning-rate=1e30", *settings])
+    out = capfd.readouterr().out
+    assert code == 1
+    assert "fedavg-learning-rate=1e30-seed=0  failed: TooFewRepliesError: round 1" in out
+    rows = result_of(out)["rows"]
+    assert isinstance(rows, list)
+    assert len(rows) == 1
+    assert rows[0]["rounds_to_best_rival"] is None
+
+
+def rounds(*accuracies: float) -> list[dict[str, float]]:
+    return [
+        {"round": i, "test-accuracy": accuracy, "test-loss": 1.0, "uplink-bytes": 5e5, "seconds": 2.0}
+        for i, accuracy in enumerate(accuracies)
+    ]
+
+
+def test_rounds_to_the_accuracy_with_which_the_best_rival_ends() -> None:
+    done = {
+        Method("fedavg", "", ()): [rounds(0.1, 0.2, 0.3, 0.35), rounds(0.1, 0.2, 0.9, 0.8)],
+        Method("localnewton", "", ()): [rounds(0.1, 0.3, 0.4, 0.5), rounds(0.1, 0.3, 0.4, 0.5)],
+        Method("fedpm", "", ()): [rounds(0.1, 0.5, 0.6, 0.7), rounds(0.1, 0.5, 0.6, 0.7)],
+    }
+    rows = {str(row["method"]): row for row in table(done)}
+    assert (rows["fedpm"]["rounds_to_best_rival"], rows["fedpm"]["seeds_reaching_it"]) == (1.0, 1)
+    assert (rows["fedavg"]["rounds_to_best_rival"], rows["fedavg"]["seeds_reaching_it"]) == (2.0, 1)
+    assert rows["localnewton"]["rounds_to_best_rival"] is None
+    assert rows["fedpm"]["uplink_mb"] == pytest.approx(2.0)
+    assert rows["fedpm"]["seconds"] == pytest.approx(8.0)
+    assert rounds_to(rounds(0.9, 0.1), 0.5) is None
+
+
+def test_each_method_brings_its_own_settings(tmp_path: Path) -> None:
+    given = {
+        "algorithms": "fedavg:learning-rate=0.3:batch-size=8,fedpm",
+        "learning-rate": 0.2,
+        "output": str(tmp_path),
+    }
+    _, (fedavg, fedpm) = plan(given | {"seeds": 2}, nodes=7)
+    assert [config.seed for config in fedavg.configs] == [0, 1]
+    assert (fedavg.configs[0].learning_rate, fedavg.configs[0].batch_size) == (0.3, 8)
+    assert (fedpm.configs[0].learning_rate, fedpm.configs[0].batch_size) == (0.2, Config().batch_size)
+    assert fedpm.configs[0].min_available_nodes == 7
+    assert len({config.output for config in fedavg.configs + fedpm.configs}) == 4
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("algorithms=fedsgd", "algorithm='fedsgd' is not allowed"),
+        ("algorithms=fedpm,fedpm", "names one twice"),
+        ("algorithms=fedpm:alpha", "'alpha' is not of the form KEY=VALUE"),
+        ("seeds=0", "seeds=0 is not allowed"),
+        ("algorithm=fedpm", "say algorithms="),
+        ("nonsense=1", "unknown setting 'nonsense'; allowed: algorithm, dataset"),
+        ("--jobs=0", "--jobs=0 is not allowed"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_starts(
+    argument: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([argument]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_relative_output_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is not an absolute path"):
+        plan({"output": "here"}, 3)
