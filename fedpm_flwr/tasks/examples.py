@@ -92,10 +92,10 @@ def hold_out(inputs: Tensor, labels: Tensor, classes: int, every: int = 5) -> Sp
 
 def require_file(path: str) -> None:
     """Raises DataError, saying what there is instead, unless the path is a file's."""
+    if Path(path).is_dir():
+        raise DataError(f"{path}: a folder, not a file")
     if not Path(path).is_file():
-        raise DataError(
-            f"{path}: {'a folder' if Path(path).is_dir() else 'there is no such file on this machine'}"
-        )
+        raise DataError(f"{path}: there is no such file on this machine")
 
 
 def _augmentation(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
