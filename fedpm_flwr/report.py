@@ -145,7 +145,7 @@ def plot_curves(methods: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> N
     # Without pyplot: a Figure of its own opens no window and leaves no global state.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
     panels = figure.subplots(1, 3)
     for axes, (x, y) in zip(
         panels,
@@ -156,8 +156,8 @@ def plot_curves(methods: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> N
             _plot_method(axes, label, [_with_uplink(run) for run in runs], x, y)
         axes.set(xlabel="uplink, MB in all" if x == "uplink-mb" else x, ylabel=y.replace("-", " "))
         axes.grid(alpha=0.3)
-    panels[0].legend()
-    figure.savefig(path, dpi=120)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(methods))
+    figure.savefig(path, dpi=100)
 
 
 def _plot_method(axes: Any, label: str, runs: Sequence[Sequence[Row]], x: str, y: str) -> None:
