@@ -70,6 +70,24 @@ def test_not_positive_definite_is_an_error(kind: str) -> None:
         indefinite(kind).solve(torch.ones(ROWS, COLUMNS))
 
 
+@pytest.mark.parametrize(("least", "passes"), [(1e-12, True), (1e-14, False)])
+def test_a_matrix_on_the_edge_is_refused_while_it_still_has_a_cholesky_factor(least: float, passes: bool) -> None:
+    matrix = torch.diag(torch.tensor([1.0, least], dtype=torch.float64))
+    KroneckerRight(matrix).solve(torch.ones(1, 2, dtype=torch.float64))
+    for curvature in (KroneckerRight(matrix), Dense(matrix)):
+        if passes:
+            curvature.check_positive_definite()
+        else:
+            with pytest.raises(CurvatureError, match="side 2 is not positive definite"):
+                curvature.check_positive_definite()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-101, 1e101, float("inf"), float("nan")])
+def test_a_matrix_of_no_size_to_compute_with_is_refused(scale: float) -> None:
+    with pytest.raises(CurvatureError, match="a matrix of trace"):
+        KroneckerRight(scale * torch.ones(1, 1, dtype=torch.float64)).check_positive_definite()
+
+
 def test_float32_that_fails_is_solved_in_float64() -> None:
     # A Gram matrix of whole numbers: exact in float32, of determinant 1, and too badly conditioned
     # (4e10) for float32 arithmetic.
