@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedpm_flwr import messages
 from fedpm_flwr.algorithms import get_algorithm, settings_without_effect
 from fedpm_flwr.config import Config
-from fedpm_flwr.report import RunReport, spread
+from fedpm_flwr.report import SPREAD, RunReport, spread
 from fedpm_flwr.reproducible import PartitionOrderedGrid
 from fedpm_flwr.tasks import build_model, load_dataset, load_weights
 from fedpm_flwr.training import evaluate, loader, pick_device, reproducible
@@ -76,7 +76,9 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _numbers(record: MetricRecord) -> dict[str, int | float]:
-    return {key: value for key, value in record.items() if not isinstance(value, list)}
+    """What is one number, and not under a name of ours."""
+    ours = tuple(f"-{which}" for which in SPREAD)
+    return {k: v for k, v in record.items() if not (isinstance(v, list) or k.endswith(ours))}
 
 
 def _spread(replies: list[RecordDict], name: str, best: Callable[[list[float]], float]) -> dict[str, float]:

@@ -81,6 +81,7 @@ def _fedpm(config: Config) -> Guarded:
         server_learning_rate=config.server_learning_rate,
         codec=config.codec,
         weighting=config.weighting,
+        max_factor_side=config.max_factor_side,
         **_rounds(config),
     )
 

@@ -15,11 +15,13 @@ from . import messages
 from .messages import ReplyError, Update
 from .report import PREFIX
 
+_MAX_REASON = 300
+"""Longest reason that a warning repeats: part of it may be a stranger's text."""
 _log = logging.getLogger("flwr")
 
 
-class TooFewRepliesError(RuntimeError):
-    """Too few usable replies came in for too many rounds in a row."""
+class FailedRoundsError(RuntimeError):
+    """Too many rounds in a row gave no new model."""
 
 
 class Guarded(FedAvg):
@@ -29,12 +31,13 @@ class Guarded(FedAvg):
 
     A reply that cannot be used is left out with one warning that names its node, its partition
     (under a ``PartitionOrderedGrid``) and the reason. So are metrics that not all replies have in the
-    same form. A round with fewer than ``min_replies`` usable replies, or whose result is not finite,
-    leaves the model as it is.
+    same form. A round fails, and leaves the model as it is, if fewer than ``min_replies`` replies can
+    be used, if the strategy raises, or if its result is not finite. (What a client says within
+    finite numbers is believed: against lies there are Krum and its like.)
 
     Args:
-        min_replies: usable training replies without which a round does not count.
-        max_failed_rounds: after so many rounds in a row that do not count, ``TooFewRepliesError`` is raised.
+        min_replies: usable training replies without which a round fails.
+        max_failed_rounds: after so many failed rounds in a row, ``FailedRoundsError`` is raised.
         strategy: what the guarded strategy takes.
 
     Raises:
@@ -49,8 +52,9 @@ class Guarded(FedAvg):
         self.min_replies = min_replies
         self.max_failed_rounds = max_failed_rounds
         self.failed_rounds = 0
-        """How many rounds in a row have not counted."""
+        """How many rounds in a row have failed."""
         self._theta: dict[str, Tensor] = {}
+        self._asked = False
         self._partition_of: Callable[[int], int | None] = _unknown
 
     def configure_train(
@@ -59,23 +63,45 @@ class Guarded(FedAvg):
         """As the guarded strategy, which sends θ."""
         self._theta = arrays.to_torch_state_dict()
         self._partition_of = getattr(grid, "partition_of", _unknown)
-        return super().configure_train(server_round, arrays, config, grid)
+        requests = list(super().configure_train(server_round, arrays, config, grid))
+        self._asked = bool(requests)
+        return requests
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """As the guarded strategy, from the usable replies.
+        """What ``combine`` makes of the usable replies, or nothing if the round fails.
 
         Raises:
-            TooFewRepliesError: see the class.
+            FailedRoundsError: see the class.
         """
-        kept = [
-            _with_content(reply, _content(reply, update)) for reply, update in self.usable(server_round, replies)
-        ]
-        if self.failed_rounds:
+        if not self._asked:  # as with fraction_train=0
             return None, None
-        arrays, metrics = super().aggregate_train(server_round, with_common_metrics(kept))
-        return arrays and self._as_sent(server_round, arrays), metrics
+        usable = _Counted(self._usable(server_round, replies))
+        try:
+            arrays, metrics = self.combine(server_round, usable)
+            failure = "" if arrays is not None else "the strategy gave no model"
+        except Exception as error:  # whatever a strategy stumbles over, the model is still there
+            arrays, metrics, failure = None, None, f"{type(error).__name__}: {error}"
+        if usable.count < self.min_replies:
+            failure = f"{usable.count} usable replies, but min-replies is {self.min_replies}"
+        if failure:
+            self._fail(f"round {server_round}: {failure}")
+            return None, None
+        self.failed_rounds = 0
+        return arrays, metrics
+
+    def combine(
+        self, server_round: int, usable: Iterable[tuple[Message, Update]]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The new model and metrics, from the usable replies: here, as the guarded strategy makes them.
+
+        Raises:
+            Exception: of any kind, if there is no new model.
+        """
+        kept = _common([_with_content(reply, _canonical(reply, update)) for reply, update in usable])
+        arrays, metrics = super().aggregate_train(server_round, kept)
+        return None if arrays is None else self._as_sent(arrays), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """As the guarded strategy, from the usable replies."""
@@ -87,24 +113,11 @@ class Guarded(FedAvg):
                 self._warn(server_round, "evaluation", reply, error)
                 continue
             kept.append(_with_content(reply, RecordDict({messages.METRICS: metrics})))
-        return super().aggregate_evaluate(server_round, with_common_metrics(kept)) if kept else None
-
-    def usable(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[Message, Update]]:
-        """The replies that can be used, one at a time; sets ``failed_rounds`` when the last has been given.
-
-        Raises:
-            TooFewRepliesError: see the class.
-        """
-        used = 0
-        for reply in replies:
-            try:
-                update = self.read(reply)
-            except ReplyError as error:
-                self._warn(server_round, "reply", reply, error)
-                continue
-            used += 1
-            yield reply, update
-        self._count(server_round, used)
+        try:
+            return super().aggregate_evaluate(server_round, _common(kept))
+        except Exception as error:  # the user's own function; metrics are not worth losing a run for
+            _log.warning("%sround %d: metrics could not be aggregated: %r", PREFIX, server_round, error)
+            return None
 
     def read(self, reply: Message) -> Update:
         """The checked update in a training reply.
@@ -114,41 +127,60 @@ class Guarded(FedAvg):
         """
         return messages.read_update(reply, self._theta, weighted_by=self.weighted_by_key)
 
-    def _as_sent(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord | None:
-        """The aggregate in θ's dtypes (averaging makes floats of integers), or None if it is not finite."""
+    def _usable(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[Message, Update]]:
+        for reply in replies:
+            try:
+                update = self.read(reply)
+            except ReplyError as error:
+                self._warn(server_round, "reply", reply, error)
+            else:
+                yield reply, update
+
+    def _as_sent(self, arrays: ArrayRecord) -> ArrayRecord:
+        """The aggregate in θ's dtypes: averaging makes floats of integers."""
         state = {}
         for key, value in arrays.to_torch_state_dict().items():
-            dtype = self._theta[key].dtype
-            state[key] = (value if dtype.is_floating_point else value.round()).to(dtype)
-            if not torch.isfinite(state[key]).all():
-                _log.error("%sround %d: the model stays as it was: %r is not finite", PREFIX, server_round, key)
-                return None
+            old = self._theta[key]
+            state[key] = (value if old.is_floating_point() else value.round()).to(old.dtype)
+            if not (torch.isfinite(state[key]) | (state[key] == old)).all():
+                raise ValueError(f"the aggregated {key!r} is not finite")
         return ArrayRecord(state)
 
-    def _count(self, server_round: int, used: int) -> None:
-        if used >= self.min_replies:
-            self.failed_rounds = 0
-            return
+    def _fail(self, reason: str) -> None:
         self.failed_rounds += 1
-        state = f"round {server_round}: {used} usable replies, but min-replies is {self.min_replies}"
         if self.failed_rounds >= self.max_failed_rounds:
-            raise TooFewRepliesError(f"{state}; that was round {self.failed_rounds} in a row, and the run stops")
-        _log.warning("%s%s: the model stays as it was", PREFIX, state)
+            raise FailedRoundsError(
+                f"{reason}; that was failed round {self.failed_rounds} in a row, and the run stops"
+            )
+        _log.warning("%s%s: the model stays as it was", PREFIX, reason)
 
     def _warn(self, server_round: int, what: str, reply: Message, error: ReplyError) -> None:
         node = reply.metadata.src_node_id
         partition = self._partition_of(node)
         place = f"node {node}" if partition is None else f"node {node} (partition {partition})"
-        _log.warning("%sround %d: left out the %s of %s: %s", PREFIX, server_round, what, place, error)
+        _log.warning("%sround %d: left out the %s of %s: %s", PREFIX, server_round, what, place, _one_line(error))
 
 
-def _content(reply: Message, update: Update) -> RecordDict:
+class _Counted:
+    """An iterable that counts what it has given."""
+
+    def __init__(self, items: Iterable[tuple[Message, Update]]) -> None:
+        self._items = items
+        self.count = 0
+
+    def __iter__(self) -> Iterator[tuple[Message, Update]]:
+        for item in self._items:
+            self.count += 1
+            yield item
+
+
+def _canonical(reply: Message, update: Update) -> RecordDict:
     """A reply as a stock strategy expects it: one name for each record, θ's dtypes."""
     (metrics,) = reply.content.metric_records.values()
     return RecordDict({messages.ARRAYS: ArrayRecord(update.state), messages.METRICS: metrics})
 
 
-def with_common_metrics(replies: list[Message]) -> list[Message]:
+def _common(replies: list[Message]) -> list[Message]:
     """The replies with the metrics that all of them have in the same form, and no others."""
     contents = messages.with_common_metrics([reply.content for reply in replies])
     return [_with_content(reply, content) for reply, content in zip(replies, contents, strict=True)]
@@ -158,6 +190,12 @@ def _with_content(reply: Message, content: RecordDict) -> Message:
     changed = copy.copy(reply)
     changed.content = content
     return changed
+
+
+def _one_line(error: ReplyError) -> str:
+    """The reason on one line, and no longer than anybody reads."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(error)[: _MAX_REASON + 1])
+    return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]} …"
 
 
 def _unknown(node: int) -> int | None:

@@ -36,8 +36,10 @@ DIVERGED = "diverged"
 
 _LARGEST_WHOLE = 2**53
 """Up to here a float64 tells whole numbers apart."""
+_LEAST_WEIGHT = 1e-12
 _WIDE = 1e30
 """What float32, bfloat16 and float64 reach, and float16 does not."""
+_HEADROOM = 16.0
 _MAX_QUOTE = 50
 """Longest part of a stranger's text that an error message repeats."""
 
@@ -194,8 +196,8 @@ def read_metrics(reply: Message, weighted_by: str = NUM_EXAMPLES) -> MetricRecor
     if len(records) != 1:
         raise ReplyError(f"it holds {len(records)} MetricRecords, not 1")
     weight = records[0].get(weighted_by)
-    if not isinstance(weight, int | float) or not 0 < weight <= _LARGEST_WHOLE:
-        raise ReplyError(f"{weighted_by!r} is {weight!r}, not a number > 0 and <= 2**53")
+    if not isinstance(weight, int | float) or not _LEAST_WEIGHT <= weight <= _LARGEST_WHOLE:
+        raise ReplyError(f"{weighted_by!r} is {weight!r:.{_MAX_QUOTE}}, not a number > 0 (1e-12 to 2**53)")
     return records[0]
 
 
@@ -204,6 +206,7 @@ def read_curvature(
     theta: Mapping[str, Tensor],
     *,
     damping_bounds: tuple[float, float] = (0.0, math.inf),
+    max_factor_side: int = 8192,
     max_payload_bytes: int = 1 << 30,
 ) -> list[LayerCurvature]:
     """Check the curvature in a reply; there may be none.
@@ -220,7 +223,16 @@ def read_curvature(
             f"its curvature is made by fedpm-flwr {version!r:.{_MAX_QUOTE}}; the server has {__version__}: "
             "install the same version on both"
         )
-    return _read_layers(record[PAYLOAD], theta, damping_bounds, max_payload_bytes)
+    payload, shapes = record[PAYLOAD], {key: tuple(value.shape) for key, value in theta.items()}
+    if not isinstance(payload, bytes):
+        raise ReplyError(f"its curvature is {type(payload).__name__}, not bytes")
+    try:
+        layers = decode(payload, shapes, max_payload_bytes, max_factor_side)
+    except ValueError as error:
+        raise ReplyError(f"its curvature: {error}") from error
+    for layer in layers:
+        _check_layer(layer, damping_bounds)
+    return layers
 
 
 def _read_state(content: RecordDict, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -237,13 +249,16 @@ def _read_state(content: RecordDict, theta: Mapping[str, Tensor]) -> dict[str, T
             new = torch.from_numpy(record[key].numpy())
         except Exception as error:  # bytes from outside: whatever is wrong with them, the reply is unusable
             raise ReplyError(f"array {key!r} cannot be read: {error}") from error
-        if new.shape != old.shape or _sort(new) != _sort(old):
+        if new.shape != old.shape or _sort(new) != _sort(old) or new.is_complex():
             raise ReplyError(f"array {key!r} is {new.dtype} {list(new.shape)}, not {old.dtype} {list(old.shape)}")
         state[key] = new.to(old.dtype)
-        if not torch.isfinite(state[key]).all():
-            raise ReplyError(f"array {key!r} is not finite in {old.dtype}")
-        if new.numel() and _magnitude(new) > _largest(old.dtype):
-            raise ReplyError(f"array {key!r} has a value beyond {_largest(old.dtype):.3g}")
+        # What is as it was sent is no matter: masks are full of infinities.
+        changed = new[state[key] != old].to(torch.float64)
+        if not torch.isfinite(changed).all():
+            raise ReplyError(f"array {key!r} is not finite")
+        low, high = _range(old.dtype)
+        if changed.numel() and not (low <= float(changed.min()) and float(changed.max()) <= high):
+            raise ReplyError(f"array {key!r} has a value beyond {low:.3g} or {high:.3g}")
     return state
 
 
@@ -252,42 +267,24 @@ def _sort(array: Tensor) -> tuple[bool, bool, bool]:
     return array.is_floating_point(), array.is_complex(), array.dtype == torch.bool
 
 
-def _largest(dtype: torch.dtype) -> float:
-    """The largest value that mixing can still compute with, in float64 and then in this dtype."""
+def _range(dtype: torch.dtype) -> tuple[float, float]:
+    """The values that mixing can still compute with, in float64 and then in this dtype."""
     if dtype == torch.bool:
-        return 1.0
-    if dtype.is_floating_point or dtype.is_complex:
+        return 0.0, 1.0
+    if dtype.is_floating_point:
         largest = torch.finfo(dtype).max
-        return float(largest**0.5 if largest > _WIDE else largest)
-    return float(min(_LARGEST_WHOLE, torch.iinfo(dtype).max))
+        largest = largest**0.5 if largest > _WIDE else largest / _HEADROOM
+        return -largest, largest
+    limits = torch.iinfo(dtype)
+    return float(max(limits.min, -_LARGEST_WHOLE)), float(min(limits.max, _LARGEST_WHOLE))
 
 
-def _magnitude(array: Tensor) -> float:
-    return float((array if array.is_complex() else array.to(torch.float64)).abs().max())
-
-
-def _read_layers(
-    payload: object, theta: Mapping[str, Tensor], damping_bounds: tuple[float, float], max_bytes: int
-) -> list[LayerCurvature]:
-    if not isinstance(payload, bytes):
-        raise ReplyError(f"its curvature is {type(payload).__name__}, not bytes")
-    try:
-        layers = decode(payload, {key: tuple(value.shape) for key, value in theta.items()}, max_bytes)
-    except ValueError as error:
-        raise ReplyError(f"its curvature: {error}") from error
-    low, high = damping_bounds
-    for layer in layers:
-        if not low <= layer.damping <= high:
-            raise ReplyError(
-                f"its curvature: layer {layer.block.name!r}: damping {layer.damping} is not in [{low}, {high}]"
-            )
-        _check_positive_definite(layer)
-    return layers
-
-
-def _check_positive_definite(layer: LayerCurvature) -> None:
+def _check_layer(layer: LayerCurvature, damping_bounds: tuple[float, float]) -> None:
     """One client's indefinite P could make the sum singular, or nearly so, for everyone."""
+    name, (low, high) = f"layer {layer.block.name!r:.{_MAX_QUOTE}}", damping_bounds
+    if not low <= layer.damping <= high:
+        raise ReplyError(f"its curvature: {name}: damping {layer.damping} is not in [{low}, {high}]")
     try:
         layer.curvature.to(torch.float64).damped(layer.damping).check_positive_definite()
-    except CurvatureError as error:
-        raise ReplyError(f"its curvature: layer {layer.block.name!r}: {error}") from error
+    except (CurvatureError, RuntimeError, MemoryError) as error:  # the last two: no memory for it
+        raise ReplyError(f"its curvature: {name}: {error}") from error

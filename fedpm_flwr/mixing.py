@@ -83,7 +83,7 @@ class ModelMixer:
 
     def add(self, client: Mapping[str, Tensor], layers: Iterable[LayerCurvature], weight: float) -> None:
         """Fold in one client: its model θᵢ, the curvature it sent (disjoint layers), and wᵢ > 0."""
-        deltas = {key: client[key].to(self._dtype) - old.to(self._dtype) for key, old in self._theta.items()}
+        deltas = {key: _delta(client[key], old, self._dtype) for key, old in self._theta.items()}
         for layer in layers:
             delta = to_matrix([deltas.pop(key) for key in layer.block.parameters])
             curvature = layer.curvature.to(self._dtype, delta.device).damped(layer.damping)
@@ -108,7 +108,7 @@ class ModelMixer:
                 steps[key] = steps[key] + share * step if key in steps else share * step
         mixed = {key: _moved(old, server_learning_rate * steps[key]) for key, old in self._theta.items()}
         for key, value in mixed.items():
-            if not torch.isfinite(value).all():
+            if not (torch.isfinite(value) | (value == self._theta[key])).all():
                 raise CurvatureError(f"the mixed {key!r} is not finite")
         return mixed
 
@@ -117,6 +117,11 @@ class ModelMixer:
             return from_matrix(mixer.step(), [self._theta[key].shape for key in block.parameters])
         except CurvatureError as error:
             raise CurvatureError(f"layer {block.name!r}: {error}") from error
+
+
+def _delta(new: Tensor, old: Tensor, dtype: torch.dtype) -> Tensor:
+    """θᵢ − θ, and 0 where they are equal: infinities, as in masks, have no difference."""
+    return (new.to(dtype) - old.to(dtype)).masked_fill(new == old, 0.0)
 
 
 def _moved(old: Tensor, step: Tensor) -> Tensor:

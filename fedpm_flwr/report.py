@@ -118,16 +118,20 @@ def seconds_left(rows: list[Row], rounds: int) -> float | None:
     return (rounds - rows[-1]["round"]) * sum(timed) / len(timed) if timed else None
 
 
+SPREAD = ("worst", "median", "best")
+
+
 def spread(name: str, values: list[float], best: Callable[[list[float]], float]) -> Row:
-    """Worst, median and best of the clients' values, ``best`` being ``max`` or ``min``; of none: none."""
+    """Worst, median and best of the clients' values, ``best`` being ``max`` or ``min``; of none: none.
+
+    NaN is the worst of all.
+    """
     if not values:
         return {}
-    worst = min if best is max else max
-    return {
-        f"{name}-worst": worst(values),
-        f"{name}-median": statistics.median(values),
-        f"{name}-best": best(values),
-    }
+    sign = -1.0 if best is max else 1.0
+    ranked = sorted(values, key=lambda value: (math.isnan(value), sign * value))
+    middle = (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
+    return {f"{name}-{which}": value for which, value in zip(SPREAD, (ranked[-1], middle, ranked[0]), strict=True)}
 
 
 def _of_clients(row: Row) -> str:

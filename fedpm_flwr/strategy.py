@@ -11,7 +11,6 @@ from flwr.serverapp import Grid
 
 from . import messages
 from .config import WEIGHTINGS
-from .curvature import CurvatureError
 from .guarded import Guarded
 from .messages import Update
 from .mixing import ModelMixer
@@ -35,6 +34,7 @@ class FedPM(Guarded):
         codec: how curvature travels, one of ``fedpm_flwr.wire.CODECS``.
         weighting: ``num-examples``: wᵢ = nᵢ/n with nᵢ under ``weighted_by_key``; ``uniform``: 1/N.
         damping_bounds: replies that name a λ outside of them are left out.
+        max_factor_side: replies with a larger matrix are left out.
         max_payload_bytes: replies with more bytes of curvature are left out unread.
         strategy: what ``Guarded`` and ``flwr.serverapp.strategy.FedAvg`` take.
 
@@ -49,6 +49,7 @@ class FedPM(Guarded):
         codec: str = "triangle-float32",
         weighting: str = "num-examples",
         damping_bounds: tuple[float, float] = (0.0, 1e6),
+        max_factor_side: int = 8192,
         max_payload_bytes: int = 1 << 30,
         **strategy: Any,
     ) -> None:
@@ -65,6 +66,7 @@ class FedPM(Guarded):
         self.codec = codec
         self.weighting = weighting
         self.damping_bounds = damping_bounds
+        self.max_factor_side = max_factor_side
         self.max_payload_bytes = max_payload_bytes
 
     def summary(self) -> None:
@@ -82,27 +84,26 @@ class FedPM(Guarded):
         asking = ConfigRecord({**config, messages.CURVATURE_CODEC: self.codec})
         return super().configure_train(server_round, arrays, asking, grid)
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
+    def combine(
+        self, server_round: int, usable: Iterable[tuple[Message, Update]]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Mix the usable replies, in the order in which they are given.
 
         Raises:
-            TooFewRepliesError: see ``Guarded``.
+            CurvatureError: there are none, or the mixed model is not finite.
         """
         mixer = ModelMixer(self._theta)
         contents: list[RecordDict] = []
         curved = False
-        for reply, update in self.usable(server_round, replies):
+        for reply, update in usable:
             mixer.add(update.state, update.layers, self._weight(update))
             contents.append(reply.content)
             curved = curved or bool(update.layers)
+        mixed = ArrayRecord(mixer.result(self.server_learning_rate))
         _log.info("aggregate_train: Mixed %d results", len(contents))
-        if self.failed_rounds:
-            return None, None
         if not curved:
             _log.warning("%sround %d: no reply held curvature; models are averaged", PREFIX, server_round)
-        return self._mix(server_round, mixer), self._aggregate_metrics(server_round, contents)
+        return mixed, self._aggregate_metrics(server_round, contents)
 
     def read(self, reply: Message) -> Update:
         """The checked update in a training reply, with its curvature.
@@ -112,16 +113,13 @@ class FedPM(Guarded):
         """
         update = super().read(reply)
         layers = messages.read_curvature(
-            reply, self._theta, damping_bounds=self.damping_bounds, max_payload_bytes=self.max_payload_bytes
+            reply,
+            self._theta,
+            damping_bounds=self.damping_bounds,
+            max_factor_side=self.max_factor_side,
+            max_payload_bytes=self.max_payload_bytes,
         )
         return replace(update, layers=layers)
-
-    def _mix(self, server_round: int, mixer: ModelMixer) -> ArrayRecord | None:
-        try:
-            return ArrayRecord(mixer.result(self.server_learning_rate))
-        except CurvatureError as error:
-            _log.error("%sround %d: the model stays as it was: %s", PREFIX, server_round, error)
-            return None
 
     def _aggregate_metrics(self, server_round: int, contents: list[RecordDict]) -> MetricRecord | None:
         """What ``train_metrics_aggr_fn`` makes of the metrics that all replies have in the same form."""

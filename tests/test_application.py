@@ -17,7 +17,7 @@ import server_app
 from fedpm_flwr import messages
 from fedpm_flwr.algorithms import get_algorithm, settings_without_effect
 from fedpm_flwr.config import ALGORITHMS, Config
-from fedpm_flwr.guarded import TooFewRepliesError
+from fedpm_flwr.guarded import FailedRoundsError
 from fedpm_flwr.inline import run_inline
 from fedpm_flwr.strategy import FedPM
 from fedpm_flwr.tasks import DataError, Examples, build_model, client_data, load_dataset
@@ -156,7 +156,7 @@ def test_the_clients_figures_are_reported_from_worst_to_best(tmp_path: Path) -> 
 def test_diverging_clients_say_so_and_the_run_stops(
     algorithm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(TooFewRepliesError, match=r"round 3: 0 usable replies, .* that was round 3"):
+    with pytest.raises(FailedRoundsError, match=r"round 3: 0 usable replies, .* that was failed round 3"):
         run(tmp_path, {"algorithm": algorithm, "learning-rate": 1e30, "num-server-rounds": 9})
     assert caplog.text.count("its training diverged, it says: loss or model are not finite") == 9
 
@@ -187,7 +187,7 @@ def test_a_run_that_stops_leaves_its_last_good_model(tmp_path: Path, monkeypatch
 
     train_reply = messages.train_reply
     monkeypatch.setattr(messages, "train_reply", failing)
-    with pytest.raises(TooFewRepliesError, match="that was round 2 in a row"):
+    with pytest.raises(FailedRoundsError, match="that was failed round 2 in a row"):
         run(tmp_path / "stops", {"num-server-rounds": 9, "max-failed-rounds": 2})
     monkeypatch.setattr(messages, "train_reply", train_reply)
     run(tmp_path / "short", {"num-server-rounds": 2})
@@ -281,6 +281,7 @@ def test_make_run_reaches_090(tmp_path: Path) -> None:
 def test_a_client_cannot_write_over_the_servers_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def boasting(request: Message, model: nn.Module, metrics: dict[str, float], optimizer: object) -> Message:
         boasts = {"test-accuracy": 9.0, "round": 77, "uplink-bytes": 1, "clients": 99}
+        boasts["train-accuracy-worst"] = 1.0
         return reply_with(request, ArrayRecord(model.state_dict()), metrics | boasts)
 
     monkeypatch.setattr(messages, "train_reply", boasting)
@@ -288,3 +289,4 @@ def test_a_client_cannot_write_over_the_servers_figures(tmp_path: Path, monkeypa
     assert rows[1]["test-accuracy"] <= 1
     assert rows[1]["uplink-bytes"] > 1000
     assert (rows[1]["round"], rows[1]["clients"]) == (1, 3)
+    assert rows[1]["train-accuracy-worst"] < 1.0

@@ -52,7 +52,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, capfd: p
     code = main(["--nodes", "2", "algorithms=fedavg,fedavg:learning-rate=1e30", *settings])
     out = capfd.readouterr().out
     assert code == 1
-    assert "fedavg-learning-rate=1e30-seed=0  failed: TooFewRepliesError: round 1" in out
+    assert "fedavg-learning-rate=1e30-seed=0  failed: FailedRoundsError: round 1" in out
     rows = result_of(out)["rows"]
     assert isinstance(rows, list)
     assert len(rows) == 1

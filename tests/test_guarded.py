@@ -1,17 +1,17 @@
 """Rounds that go on: what is left out, what is said, when it stops; under stock strategies too."""
 
-import logging
+from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
 from torch import nn
 
 from fedpm_flwr import messages
-from fedpm_flwr.guarded import Guarded, TooFewRepliesError
+from fedpm_flwr.guarded import FailedRoundsError, Guarded
 from fedpm_flwr.reproducible import PartitionOrderedGrid
 from fedpm_flwr.strategy import FedPM
 
@@ -72,7 +72,7 @@ def test_the_warning_names_node_partition_and_reason(caplog: pytest.LogCaptureFi
     federate(client({1: {2}}), FedPM(), make_model(), 4, wrap=ordered)
     (line,) = [record.getMessage() for record in caplog.records if "left out the reply" in record.getMessage()]
     assert line.startswith("fedpm | round 1: left out the reply of node ")
-    assert line.endswith("(partition 2): array '0.weight' is not finite in torch.float32")
+    assert line.endswith("(partition 2): array '0.weight' is not finite")
 
 
 def test_without_a_grid_that_knows_partitions_the_node_is_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -115,16 +115,17 @@ def test_too_few_replies_keep_the_model_and_then_stop_the_run(
 ) -> None:
     bad = {2: {0, 1}, 3: {0, 1}, 4: {0}, 5: {0, 1}, 6: {1, 2}, 7: {0, 1, 2}}
     with pytest.raises(
-        TooFewRepliesError,
-        match="round 7: 0 usable replies, but min-replies is 2; that was round 3 in a row, and the run stops",
+        FailedRoundsError,
+        match="round 7: 0 usable replies, but min-replies is 2; that was failed round 3 in a row",
     ):
         federate(client(bad), make(min_replies=2), make_model(), 3, rounds=9)
     assert [line.split(":")[0] for line in stays(caplog)] == [f"fedpm | round {i}" for i in (2, 3, 5, 6)]
 
 
-def test_a_round_that_does_not_count_leaves_no_trace() -> None:
-    with_gap = federate(client({2: {0, 1}}), FedPM(min_replies=2), make_model(), 3, rounds=3)
-    without = federate(client({}), FedPM(), make_model(), 3, rounds=2)
+@pytest.mark.parametrize("make", [Guarded, FedPM])
+def test_a_round_that_fails_leaves_no_trace(make: type[Guarded]) -> None:
+    with_gap = federate(client({2: {0, 1}}), make(min_replies=2), make_model(), 3, rounds=3)
+    without = federate(client({}), make(), make_model(), 3, rounds=2)
     for key, value in without.arrays.to_torch_state_dict().items():
         torch.testing.assert_close(with_gap.arrays.to_torch_state_dict()[key], value)
     assert set(with_gap.train_metrics_clientapp) == {1, 3}
@@ -136,12 +137,85 @@ def test_wrong_arguments_are_named(name: str) -> None:
         Guarded(**{name: 0})
 
 
-def test_an_average_that_is_not_finite_keeps_the_model(caplog: pytest.LogCaptureFixture) -> None:
-    class Overflowing(Guarded, FedAdam):
-        """Flower's own step, of a length that float32 cannot hold."""
+class Overflowing(Guarded, FedAdam):
+    """Flower's own step, of a length that float32 cannot hold."""
 
-    strategy = Overflowing(eta=1e300)
-    with caplog.at_level(logging.WARNING, logger="flwr"):
-        result = federate(client({}), strategy, make_model(), 2)
-    assert len(result.arrays) == 0
-    assert len(stays(caplog)) == 1
+    def __init__(self, **options: Any) -> None:
+        super().__init__(eta=1e300, **options)
+
+
+class Raising(Guarded):
+    """A strategy with a fault."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(train_metrics_aggr_fn=fail, **options)
+
+
+def fail(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
+    raise KeyError("mine")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(Overflowing, "ValueError: the aggregated '0.weight' is not finite"), (Raising, "KeyError: 'mine'")],
+)
+def test_a_strategy_that_fails_keeps_the_model_and_then_stops_the_run(
+    make: type[Guarded], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(FailedRoundsError, match=f"round 3: {reason}; that was failed round 3 in a row"):
+        federate(client({}), make(), make_model(), 2, rounds=5)
+    assert stays(caplog) == [f"fedpm | round {i}: {reason}: the model stays as it was" for i in (1, 2)]
+
+
+def test_a_function_for_evaluations_that_fails_does_not_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    result = federate(client({}), Guarded(evaluate_metrics_aggr_fn=fail), make_model(), 2, rounds=2)
+    assert set(result.train_metrics_clientapp) == {1, 2}
+    assert caplog.text.count("metrics could not be aggregated: KeyError('mine')") == 2
+
+
+def test_without_training_no_round_fails() -> None:
+    result = federate(client({}), Guarded(fraction_train=0.0), make_model(), 2, rounds=5)
+    assert set(result.evaluate_metrics_clientapp) == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("make", [Guarded, FedPM])
+def test_buffers_at_the_ends_of_their_types_are_no_harm_where_nobody_changes_them(make: type[Guarded]) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+            self.register_buffer("mask", torch.tensor([0.0, -torch.inf, torch.finfo(torch.float32).min]))
+            self.register_buffer("least", torch.tensor([-128, 127], dtype=torch.int8))
+            self.register_buffer("large", torch.tensor([2**60]))
+            self.register_buffer("flag", torch.tensor(True))
+            self.register_buffer("none", torch.zeros(0, 3))
+
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        state = dict(message.content.array_records[messages.ARRAYS].to_torch_state_dict())
+        return reply_with(message, ArrayRecord({**state, "weight": state["weight"] + 1}), {"num-examples": 1})
+
+    model = Masked()
+    strategy = make(fraction_evaluate=0.0, min_evaluate_nodes=0)
+    state = federate(app, strategy, model, 3, rounds=2).arrays.to_torch_state_dict()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(state[key], value + 2 if key == "weight" else value)
+
+
+@pytest.mark.parametrize("value", [-1, 300])
+def test_whole_numbers_that_would_wrap_around_are_refused(value: int, caplog: pytest.LogCaptureFixture) -> None:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return reply_with(message, ArrayRecord({"n": torch.tensor([value])}), {"num-examples": 1})
+
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("n", torch.tensor([5], dtype=torch.uint8))
+
+    federate(app, Guarded(), Counter(), 2)
+    assert caplog.text.count("array 'n' has a value beyond 0 or 255") == 2

@@ -178,11 +178,7 @@ GROUPS = [("0.weight", "0.bias"), ("2.weight",), ("1.weight",), ("nowhere",), ("
 
 
 def made_up_layer(draw: st.DrawFn) -> LayerCurvature:
-    parameters = draw(
-        st.sampled_from(
-            [("0.weight", "0.bias"), ("2.weight",), ("1.weight",), ("nowhere",), ("2.bias", "2.weight")]
-        )
-    )
+    parameters = draw(st.sampled_from(GROUPS))
     side = draw(st.sampled_from([1, 4, 5, 8, 16]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
     half = torch.randn(side, draw(st.integers(1, side)), generator=generator, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import tomllib
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedpm_flwr.config import Config
-from fedpm_flwr.report import RunReport, seconds_left
+from fedpm_flwr.report import RunReport, seconds_left, spread
 
 
 def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,3 +67,15 @@ def test_time_left_is_told_once_rounds_without_starting_up_are_there() -> None:
     rows: list[dict[str, int | float]] = [{"round": i, "seconds": s} for i, s in enumerate((9.0, 30.0, 2.0, 4.0))]
     assert seconds_left(rows[:2], 10) is None
     assert seconds_left(rows, 10) == pytest.approx(7 * 3.0)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])
+def test_the_spread_of_clients_ranks_nan_as_worst(order: tuple[int, ...]) -> None:
+    values = [(0.5, 0.7, 0.9, float("nan"))[i] for i in order]
+    for best, first, middle in ((max, 0.9, 0.6), (min, 0.5, 0.8)):
+        found = spread("x", values, best)
+        assert found["x-best"] == first
+        assert found["x-median"] == pytest.approx(middle)
+        assert math.isnan(found["x-worst"])
+    assert spread("x", [0.5, 0.9, 0.7], max) == {"x-worst": 0.5, "x-median": 0.7, "x-best": 0.9}
+    assert spread("x", [], max) == {}

@@ -40,9 +40,10 @@ def curvature_of(
     value: float = 1.0,
     off_diagonal: float = 0.0,
     parameters: tuple[str, ...] = ("weight", "bias"),
+    name: str = "",
 ) -> ConfigRecord:
     factor = value * torch.eye(side) + off_diagonal * (torch.ones(side, side) - torch.eye(side))
-    layer = LayerCurvature(Block("", parameters), KroneckerRight(factor), damping)
+    layer = LayerCurvature(Block(name, parameters), KroneckerRight(factor), damping)
     return ConfigRecord({messages.PAYLOAD: encode([layer], "triangle-float32")})
 
 
@@ -85,7 +86,7 @@ BROKEN: dict[str, tuple[Breaking, str]] = {
     "negative examples": (lambda m, a: reply_with(m, a, {"num-examples": -3}), "'num-examples' is -3"),
     "too many examples": (
         lambda m, a: reply_with(m, a, {"num-examples": 1e308}),
-        r"not a number > 0 and <= 2\*\*53",
+        r"not a number > 0 \(1e-12 to 2\*\*53\)",
     ),
     "infinite examples": (lambda m, a: reply_with(m, a, {"num-examples": float("inf")}), "'num-examples' is inf"),
     "two records": (two_array_records, "2 ArrayRecords"),
@@ -110,7 +111,7 @@ BROKEN: dict[str, tuple[Breaking, str]] = {
         lambda m, a: reply_with(
             m, swapped(a, "bias", torch.tensor([1e300], dtype=torch.float64)), {"num-examples": 5}
         ),
-        "array 'bias' is not finite in torch.float32",
+        "array 'bias' has a value beyond",
     ),
     "whole numbers": (
         lambda m, a: reply_with(m, swapped(a, "bias", torch.tensor([1])), {"num-examples": 5}),
@@ -167,13 +168,41 @@ BROKEN: dict[str, tuple[Breaking, str]] = {
         lambda m, a: reply_with(m, a, {"num-examples": 5}, curvature=curvature_of(value=0.0, damping=0.0)),
         "its curvature: layer '': a matrix of trace 0",
     ),
+    "curvature of the next minor version": (
+        lambda m, a: reply_with(
+            m, a, {"num-examples": 5}, curvature=ConfigRecord({**curvature_of(), messages.VERSION: "0.999.0"})
+        ),
+        "its curvature is made by fedpm-flwr '0.999.0'",
+    ),
+    "curvature with a long name": (
+        lambda m, a: reply_with(m, a, {"num-examples": 5}, curvature=curvature_of(damping=1e7, name="x" * 9999)),
+        "layer 'x{49}: damping",
+    ),
+    "complex": (
+        lambda m, a: reply_with(m, swapped(a, "bias", torch.tensor([1 + 1j])), {"num-examples": 5}),
+        "array 'bias' is torch.complex64",
+    ),
+    "hardly any examples": (
+        lambda m, a: reply_with(m, a, {"num-examples": 1e-250}),
+        "'num-examples' is 1e-250, not a number > 0",
+    ),
+    "a long list of examples": (
+        lambda m, a: reply_with(m, a, {"num-examples": [1.0] * 99999}),  # type: ignore[dict-item]
+        r"'num-examples' is \[1.0, 1.0.{40,50}, not a number",
+    ),
+    "forged lines": (
+        lambda m, a: reply_with(
+            m, swapped(a, "x\nfedpm | round 1: left out the reply of node 7", torch.ones(1)), {"num-examples": 5}
+        ),
+        "missing or extra: x fedpm",
+    ),
     "diverged": (
         lambda m, a: reply_with(m, a, {"num-examples": 5, "diverged": 1}),
         "its training diverged, it says",
     ),
     "huge": (
         lambda m, a: reply_with(m, swapped(a, "bias", torch.tensor([3e38])), {"num-examples": 5}),
-        r"array 'bias' has a value beyond 1.84e\+19",
+        r"array 'bias' has a value beyond -1.84e\+19 or 1.84e\+19",
     ),
     "damping out of bounds": (
         lambda m, a: reply_with(m, a, {"num-examples": 5}, curvature=curvature_of(damping=1e7)),
@@ -261,6 +290,11 @@ def test_other_record_and_weight_names(caplog: pytest.LogCaptureFixture) -> None
     assert "no reply held curvature" not in caplog.text
 
 
+def test_a_matrix_over_the_limit_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    federate(good_client(), FedPM(max_factor_side=2), make_model(), 2)
+    assert caplog.text.count("side 3, more than the 2 allowed") == 2
+
+
 def test_a_payload_over_the_limit_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     federate(good_client(), FedPM(max_payload_bytes=10), make_model(), 2)
     assert caplog.text.count("more than the 10 allowed") == 2
@@ -336,7 +370,7 @@ def test_a_mixture_that_is_not_finite_keeps_the_model(caplog: pytest.LogCaptureF
 
     result = federate(app, FedPM(server_learning_rate=1e20), make_model(), 2)
     assert len(result.arrays) == 0
-    assert "the model stays as it was: the mixed 'bias' is not finite" in caplog.text
+    assert "CurvatureError: the mixed 'bias' is not finite: the model stays as it was" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """Local training and evaluation."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
+from fedpm_flwr.curvature import CurvatureError
 from fedpm_flwr.training import derive_seed, evaluate, fit, loader, pick_device, reproducible
 
 
@@ -97,3 +101,27 @@ def test_devices() -> None:
     for name in ("toaster", "cuda:99", "meta", "hpu"):
         with pytest.raises(ValueError, match=f"device='{name}' is not usable here"):
             pick_device(name)
+
+
+def test_curvature_that_fails_is_raised_where_the_loss_is_finite_and_ends_training_where_it_is_not() -> None:
+    class Failing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise CurvatureError("no")
+
+    model = nn.Linear(2, 2)
+    optimizer = Failing(model.parameters(), lr=0.1)
+    targets = torch.tensor([0, 1])
+    with pytest.raises(CurvatureError, match="no"):
+        fit(model, [(torch.ones(2, 2), targets)], optimizer, cross_entropy)
+    result = fit(model, [(torch.full((2, 2), torch.nan), targets)], optimizer, cross_entropy)
+    assert (result.diverged, result.steps) == (True, 0)
+
+
+def test_accuracy_while_training_is_of_labels_only(data: TensorDataset) -> None:
+    model = nn.Linear(3, 2)
+    frozen = torch.optim.SGD(model.parameters(), lr=0.0)
+    result = fit(model, loader(data, 4), frozen, cross_entropy)
+    assert result.accuracy == pytest.approx(evaluate(model, loader(data, 4), cross_entropy)[1])
+    inputs = data.tensors[0]
+    assert math.isnan(fit(model, [(inputs, inputs[:, :2])], frozen, nn.functional.mse_loss).accuracy)
+    assert not result.diverged

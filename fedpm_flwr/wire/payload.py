@@ -67,13 +67,16 @@ def encode(layers: Iterable[LayerCurvature], codec: str) -> bytes:
     return save(tensors, metadata)
 
 
-def decode(data: bytes, shapes: Mapping[str, Sequence[int]], max_bytes: int = 1 << 30) -> list[LayerCurvature]:
+def decode(
+    data: bytes, shapes: Mapping[str, Sequence[int]], max_bytes: int = 1 << 30, max_side: int = 1 << 15
+) -> list[LayerCurvature]:
     """Bytes as curvatures, each checked against the model it belongs to.
 
     Args:
         data: what ``encode`` made.
         shapes: the shape of every parameter of the model, by name.
         max_bytes: payloads longer than this are refused unread.
+        max_side: matrices larger than this are refused unread.
 
     Raises:
         PayloadError: naming the layer and what is wrong with it. Whether the matrix is positive
@@ -87,6 +90,8 @@ def decode(data: bytes, shapes: Mapping[str, Sequence[int]], max_bytes: int = 1 
     expected: dict[str, tuple[str, list[int]]] = {}
     for index, entry in enumerate(entries):
         _check_entry(entry, shapes, seen)
+        if entry["side"] > max_side:
+            raise PayloadError(f"{_where(entry)}: side {entry['side']}, more than the {max_side} allowed")
         layout = get_codec(entry["codec"]).layout(entry["side"])
         expected |= {f"{index}.{key}": (_DTYPES[dtype], list(shape)) for key, (dtype, shape) in layout.items()}
     _check_tensors(header, expected)
