@@ -15,14 +15,16 @@ seconds, a run.
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -30,12 +32,18 @@ from typing import Any
 
 from fedpm_flwr.config import Config, ConfigError, describe, parse_settings
 from fedpm_flwr.report import PREFIX, plot_curves
+from fedpm_flwr.tasks import build_model, load_dataset, load_weights
 
 from .table import Row, publish
 
 _DEFAULT_ALGORITHMS = "fedavg:learning-rate=0.3,localnewton,fedpm"
 _DEFAULT_SEEDS = 3
 _OWN = "algorithms: names joined by commas, each with :KEY=VALUE for settings of its own\nseeds: how many\n"
+_SAME_FOR_ALL = (
+    *("algorithm", "output", "seed", "dataset", "max-train-examples", "partition", "alpha"),
+    *("model", "initial-model"),
+)
+"""Settings that an algorithm cannot bring of its own: the comparison would not be one."""
 Rounds = list[dict[str, float]]
 
 
@@ -72,8 +80,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"{PREFIX}{error}", file=sys.stderr)
         return 2
-    runs = run_all([config for method in methods for config in method.configs], given.nodes, given.jobs)
+    problem = find_problem(methods, given.output)
+    if problem:
+        print(f"{PREFIX}{problem}", file=sys.stderr)
+        return 2
+    try:
+        runs = run_all([config for method in methods for config in method.configs], given.nodes, given.jobs)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     done = {m: [runs[c.output] for c in m.configs] for m in methods if all(c.output in runs for c in m.configs)}
+    for method in methods:
+        if method not in done:
+            print(f"{PREFIX}left out of the table, since a run failed: {method.label}", file=sys.stderr)
     if done:
         plot_curves({method.label: rounds for method, rounds in done.items()}, folder / "curves.png")
         print(f"{PREFIX}curves in {folder / 'curves.png'}")
@@ -98,11 +116,15 @@ def plan(settings: dict[str, Any], nodes: int) -> tuple[Path, list[Method]]:
     if "algorithm" in settings:
         raise ConfigError(f"algorithm={settings['algorithm']!r}: say algorithms=… here")
     name = f"{datetime.now():%Y%m%d-%H%M%S}-compare"
-    folder = Path(settings.pop("output", "") or Path.cwd() / "runs" / name)
+    folder = Path(str(settings.pop("output", "")) or Path.cwd() / "runs" / name)
     methods: list[Method] = []
     for entry in str(algorithms).split(","):
         algorithm, *own = entry.strip().split(":")
+        for key in parse_settings(own):
+            if key in _SAME_FOR_ALL:
+                raise ConfigError(f"algorithms={algorithms!r}: {key} must be the same for all: say it once, apart")
         base = Config.from_run_config({**settings, **parse_settings(own), "algorithm": algorithm})
+        base.check_nodes(nodes)
         numbers = range(base.seed, base.seed + seeds)
         places = {seed: "-".join([algorithm, *own, f"seed={seed}"]) for seed in numbers}
         configs = tuple(replace(base, seed=seed, output=str(folder / name)) for seed, name in places.items())
@@ -112,13 +134,31 @@ def plan(settings: dict[str, Any], nodes: int) -> tuple[Path, list[Method]]:
     return folder, methods
 
 
+def find_problem(methods: Sequence[Method], output: Path | None) -> str:
+    """Why no run could succeed, found before the first of them starts; empty: nothing was found."""
+    config = methods[0].configs[0]
+    try:
+        split = load_dataset(config.dataset, config.max_train_examples)
+        model = build_model(config.model, split.input_shape, split.classes, config.seed)
+        if config.initial_model:
+            load_weights(model, config.initial_model)
+        Path(config.output).mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return f"--output={output}: a folder, not a file" if output is not None and output.is_dir() else ""
+
+
 def run_all(configs: Sequence[Config], nodes: int, jobs: int) -> dict[str, Rounds]:
     """The rounds of each run that succeeded, by its output folder; says why the others did not."""
     done: dict[str, Rounds] = {}
     started = time.monotonic()
     # Spawned, not forked: a fork of a process with threads, as torch and gRPC have, can hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(configs)), mp_context=context) as pool:
+    # A process for each run: each starts as cold as the others, and Flower's logger keeps its first stderr.
+    with (
+        ProcessPoolExecutor(min(jobs, len(configs)), context, max_tasks_per_child=1) as pool,
+        _stopping_workers(pool),
+    ):
         futures = {pool.submit(_run, config, nodes): Path(config.output) for config in configs}
         for ended, future in enumerate(as_completed(futures), start=1):
             output = futures[future]
@@ -132,6 +172,18 @@ def run_all(configs: Sequence[Config], nodes: int, jobs: int) -> dict[str, Round
     return done
 
 
+@contextmanager
+def _stopping_workers(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """End the runs too when this one is interrupted."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+
+
 def table(done: dict[Method, list[Rounds]]) -> list[Row]:
     """One row a method, from the rounds of its runs, seed by seed."""
     return [
@@ -143,9 +195,8 @@ def table(done: dict[Method, list[Rounds]]) -> list[Row]:
 def _row(method: Method, runs: list[Rounds], rivals: list[list[Rounds]]) -> Row:
     accuracies = [rounds[-1]["test-accuracy"] for rounds in runs]
     best = [max(rounds[-1]["test-accuracy"] for rounds in same_seed) for same_seed in zip(*rivals, strict=True)]
-    reached = [
-        number for run, goal in zip(runs, best, strict=False) if (number := rounds_to(run, goal)) is not None
-    ]
+    goals = best or [math.inf] * len(runs)  # nobody else is there
+    reached = [number for run, goal in zip(runs, goals, strict=True) if (number := rounds_to(run, goal))]
     return {
         "method": method.algorithm,
         "settings": method.settings,
@@ -180,17 +231,22 @@ def _run(config: Config, nodes: int) -> Rounds:
         from fedpm_flwr.inline import run_inline
 
         run_inline(server_app.app, client_app.app, nodes, config.to_run_config())
-    rounds: Rounds = json.loads((folder / "metrics.json").read_text())
+    rounds: Rounds = json.loads((folder / "metrics.json").read_text(), object_hook=_with_nan)
     return rounds
 
 
-def _mean(values: Iterable[float]) -> float:
+def _with_nan(row: dict[str, float | None]) -> dict[str, float]:
+    """JSON's null is a number that was not finite."""
+    return {key: math.nan if value is None else value for key, value in row.items()}
+
+
+def _mean(values: Iterable[float]) -> float | None:
     return _rounded(statistics.fmean(values))
 
 
-def _rounded(value: float) -> float:
-    """Five digits: more would not be read, nor be true."""
-    return float(f"{value:.5g}")
+def _rounded(value: float) -> float | None:
+    """Five digits: more would not be read, nor be true. None: not finite."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 if __name__ == "__main__":

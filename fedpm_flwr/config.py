@@ -53,7 +53,7 @@ class Config:
 
     algorithm: str = _setting("fedpm", "what the server and the clients do", choices=ALGORITHMS)
     dataset: str = _setting("digits", "which data", choices=DATASETS, files=FILES)
-    max_train_examples: int = _setting(0, "only the first so many training examples; 0: all", low=0)
+    max_train_examples: int = _setting(0, "only the first so many training examples, as they lie; 0: all", low=0)
     augment: bool = _setting(False, "training images moved by up to 4 pixels and mirrored, as usual for CIFAR")
     model: str = _setting("cnn", "which network", choices=MODELS)
     initial_model: str = _setting("", "start from this .safetensors file instead; absolute path")
@@ -110,6 +110,14 @@ class Config:
         if unknown:
             raise ConfigError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(types)}")
         return cls(**{types[key].name: run_config[key] for key in run_config})
+
+    def check_nodes(self, nodes: int) -> None:
+        """Raises ConfigError if so few nodes can never make a round of this configuration."""
+        if self.min_available_nodes > nodes:
+            raise ConfigError(f"min-available-nodes={self.min_available_nodes}, but there are {nodes} --nodes")
+        trained = max(int(nodes * self.fraction_train), 1)
+        if self.min_replies > trained:
+            raise ConfigError(f"min-replies={self.min_replies}, but {trained} clients train in a round")
 
     def to_run_config(self) -> dict[str, Value]:
         """The settings under their kebab-case names."""
@@ -197,4 +205,4 @@ def _allowed(setting: "dataclasses.Field[Any]") -> str:
         parts.append(f"> {limits['above']}")
     if limits["high"] != math.inf:
         parts.append(f"<= {limits['high']}")
-    return " ".join(parts)
+    return parts[0] if len(parts) == 1 else f"{parts[0]} {' and '.join(parts[1:])}"

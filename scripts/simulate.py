@@ -77,11 +77,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _config(settings: list[str], nodes: int) -> Config:
     values: dict[str, Any] = {"min-available-nodes": nodes, **parse_settings(settings)}
     config = Config.from_run_config(values)
-    if config.min_available_nodes > nodes:
-        raise ConfigError(f"min-available-nodes={config.min_available_nodes}, but there are {nodes} --nodes")
-    trained = max(int(nodes * config.fraction_train), 1)
-    if config.min_replies > trained:
-        raise ConfigError(f"min-replies={config.min_replies}, but {trained} clients train in a round")
+    config.check_nodes(nodes)
     if not config.output:
         folder = _CHECKOUT / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{config.algorithm}"
         config = Config.from_run_config({**config.to_run_config(), "output": str(folder)})

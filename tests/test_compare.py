@@ -1,12 +1,21 @@
 """The comparison of methods, over real runs, and the table that it makes of them."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.compare import Method, main, plan, rounds_to, table
 from fedpm_flwr.config import Config, ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def result_of(out: str) -> dict[str, object]:
@@ -20,7 +29,7 @@ def test_methods_meet_on_the_same_seeds(tmp_path: Path, capfd: pytest.CaptureFix
     folder = tmp_path / "compare"
     settings = ["seeds=2", "seed=3", "num-server-rounds=2", f"output={folder}", "model=mlp"]
     algorithms = "algorithms=fedavg:learning-rate=0.3,fedpm"
-    code = main(["--nodes", "3", "--output", str(tmp_path / "table.json"), algorithms, *settings])
+    code = main(["--nodes", "3", "--jobs", "1", "--output", str(tmp_path / "table.json"), algorithms, *settings])
     out = capfd.readouterr().out
     assert code == 0, out
     document = result_of(out)
@@ -37,7 +46,10 @@ def test_methods_meet_on_the_same_seeds(tmp_path: Path, capfd: pytest.CaptureFix
         assert row["accuracy_mean"] == pytest.approx(sum(accuracies) / 2, rel=1e-4)
         assert row["accuracy_std"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5, rel=1e-4)
         assert row["uplink_mb"] == pytest.approx(runs[0][1]["uplink-bytes"] * 2 / 1e6, rel=1e-3)
-        assert (folder / f"{name}-seed=3" / "flower.log").stat().st_size > 0
+        for seed in (3, 4):
+            log = (folder / f"{name}-seed={seed}" / "flower.log").read_text()
+            assert "aggregate_train" in log
+            assert "Logging error" not in log
     first = [
         json.loads((folder / f"{n}-seed=3" / "metrics.json").read_text())[0]
         for n in ("fedpm", "fedavg-learning-rate=0.3")
@@ -48,15 +60,41 @@ def test_methods_meet_on_the_same_seeds(tmp_path: Path, capfd: pytest.CaptureFix
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    settings = ["seeds=1", "num-server-rounds=1", f"output={tmp_path}", "model=mlp", "max-failed-rounds=1"]
+    settings = ["num-server-rounds=1", f"output={tmp_path}", "model=mlp", "max-failed-rounds=1", "seeds=1"]
     code = main(["--nodes", "2", "algorithms=fedavg,fedavg:learning-rate=1e30", *settings])
-    out = capfd.readouterr().out
+    captured = capfd.readouterr()
+    out = captured.out
     assert code == 1
+    assert "left out of the table, since a run failed: fedavg learning-rate=1e30" in captured.err
     assert "fedavg-learning-rate=1e30-seed=0  failed: FailedRoundsError: round 1" in out
     rows = result_of(out)["rows"]
     assert isinstance(rows, list)
     assert len(rows) == 1
     assert rows[0]["rounds_to_best_rival"] is None
+
+
+def test_an_interrupted_comparison_stops_its_runs(tmp_path: Path) -> None:
+    arguments = ["num-server-rounds=500", f"output={tmp_path}", "seeds=9"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.compare", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    end = time.monotonic() + 120
+    while not list(tmp_path.glob("*/metrics.json")) and time.monotonic() < end:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    assert not [p for p in psutil.process_iter() if _session(p) == process.pid]
+
+
+def _session(process: psutil.Process) -> int | None:
+    """The session of a process that still runs: one that only waits to be collected does not."""
+    with suppress(ProcessLookupError, psutil.NoSuchProcess):
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return os.getsid(process.pid)
+    return None
 
 
 def rounds(*accuracies: float) -> list[dict[str, float]]:
@@ -70,15 +108,21 @@ def test_rounds_to_the_accuracy_with_which_the_best_rival_ends() -> None:
     done = {
         Method("fedavg", "", ()): [rounds(0.1, 0.2, 0.3, 0.35), rounds(0.1, 0.2, 0.9, 0.8)],
         Method("localnewton", "", ()): [rounds(0.1, 0.3, 0.4, 0.5), rounds(0.1, 0.3, 0.4, 0.5)],
-        Method("fedpm", "", ()): [rounds(0.1, 0.5, 0.6, 0.7), rounds(0.1, 0.5, 0.6, 0.7)],
+        Method("fedpm", "", ()): [rounds(0.1, 0.4, 0.6, 0.7), rounds(0.1, 0.5, 0.6, 0.7)],
     }
     rows = {str(row["method"]): row for row in table(done)}
-    assert (rows["fedpm"]["rounds_to_best_rival"], rows["fedpm"]["seeds_reaching_it"]) == (1.0, 1)
+    assert (rows["fedpm"]["rounds_to_best_rival"], rows["fedpm"]["seeds_reaching_it"]) == (2.0, 1)
     assert (rows["fedavg"]["rounds_to_best_rival"], rows["fedavg"]["seeds_reaching_it"]) == (2.0, 1)
     assert rows["localnewton"]["rounds_to_best_rival"] is None
     assert rows["fedpm"]["uplink_mb"] == pytest.approx(2.0)
     assert rows["fedpm"]["seconds"] == pytest.approx(8.0)
     assert rounds_to(rounds(0.9, 0.1), 0.5) is None
+
+
+def test_a_loss_that_is_not_finite_is_no_figure() -> None:
+    (row,) = table({Method("fedpm", "", ()): [[{**row, "test-loss": float("nan")} for row in rounds(0.1, 0.2)]]})
+    assert row["loss_mean"] is None
+    assert row["rounds_to_best_rival"] is None
 
 
 def test_each_method_brings_its_own_settings(tmp_path: Path) -> None:
@@ -104,13 +148,22 @@ def test_each_method_brings_its_own_settings(tmp_path: Path) -> None:
         ("seeds=0", "seeds=0 is not allowed"),
         ("algorithm=fedpm", "say algorithms="),
         ("nonsense=1", "unknown setting 'nonsense'; allowed: algorithm, dataset"),
+        ("algorithms=fedavg:seed=5,fedpm", "seed must be the same for all"),
+        ("algorithms=fedavg:output=/x", "output must be the same for all"),
+        ("min-available-nodes=11", "min-available-nodes=11, but there are 10 --nodes"),
+        ("min-replies=11", "min-replies=11, but 10 clients train"),
+        ("dataset=npz:/nowhere/d.npz", "/nowhere/d.npz: there is no such file"),
+        ("model=lenet", "model='lenet' takes images of at least 16 x 16"),
+        ("output=5", "output='5/"),
+        ("--output=/tmp", "--output=/tmp: a folder, not a file"),
         ("--jobs=0", "--jobs=0 is not allowed"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_starts(
-    argument: str, message: str, capsys: pytest.CaptureFixture[str]
+    argument: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([argument]) == 2
+    arguments = [argument] if argument.startswith("output=") else [argument, f"output={tmp_path}"]
+    assert main(arguments) == 2
     assert message in capsys.readouterr().err
 
 

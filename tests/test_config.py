@@ -49,7 +49,7 @@ def test_in_python_too_whole_numbers_serve_as_numbers() -> None:
         ("learning-rate", 10**400, "learning-rate=inf"),
         ("learning-rate", "fast", "learning-rate='fast' is not allowed; allowed: number > 0"),
         ("damping", -0.1, "damping=-0.1 is not allowed; allowed: number >= 0"),
-        ("fraction-train", 1.5, "fraction-train=1.5 is not allowed; allowed: number > 0 <= 1"),
+        ("fraction-train", 1.5, "fraction-train=1.5 is not allowed; allowed: number > 0 and <= 1"),
         ("num-server-rounds", 2.5, "num-server-rounds=2.5 is not allowed; allowed: whole number >= 1"),
         ("num-server-rounds", True, "num-server-rounds=True is not allowed"),
         ("batch-size", -1, "batch-size=-1 is not allowed; allowed: whole number >= 0"),

@@ -1,6 +1,9 @@
 """Data from files: what is taken, and what is refused with a word that helps."""
 
+import bz2
 import pickle
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +85,22 @@ REFUSED: dict[str, tuple[Arrays, str]] = {
     "empty": (arrays(x_train=np.zeros((0, 4, 5, 3)), y_train=np.zeros(0, int)), r"x_train has shape \[0, 4"),
     "nan": (arrays(x_train=NAN), "x_train is not finite in float32, first in row 4"),
     "too large": (arrays(x_train=np.full((6, 4, 5, 3), 1e300)), "x_train is not finite.*first in row 0"),
+    "wide pixels": (arrays(x_train=np.zeros((6, 4, 5, 3), int)), "x_train holds images of int64; allowed: uint8"),
+    "other type": (arrays(x_test=np.zeros((3, 4, 5, 3), np.float32)), "x_train holds torch.uint8.*torch.float32"),
+    "negative test label": (arrays(y_test=np.array([0, -1, 1])), "y_test holds the label -1, first in row 1"),
+    "endless label": (arrays(y_test=np.array([0, 2**64 - 1, 1], np.uint64)), "label 1844.*too large"),
     "words": (arrays(x_train=np.full((6, 2), "x")), "x_train holds <U1, not numbers"),
     "objects": (arrays(x_train=np.array([{}] * 6)), "not a .npz file of plain arrays: Object arrays cannot be"),
     "missing": ({k: v for k, v in arrays().items() if k != "y_test"}, "no array 'y_test'.*it has x_train"),
 }  # fmt: skip
+
+
+def test_images_of_four_channels_and_a_limit_on_training_alone(tmp_path: Path) -> None:
+    images = np.zeros((6, 5, 6, 4), np.uint8)
+    path = saved(tmp_path, arrays(x_train=images, x_test=images[:3]))
+    split = load_dataset(f"npz:{path}", 2)
+    assert split.input_shape == (4, 5, 6)
+    assert (len(split.train), len(split.test), split.classes) == (2, 3, 2)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -112,6 +127,27 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             load_npz(str(path))
     with pytest.raises(DataError, match=r"one\.npy: not a \.npz file"):
         load_npz(str(tmp_path / "one.npy"))
+
+
+@pytest.mark.parametrize("place", range(40, 400, 9))
+def test_damage_anywhere_in_a_packed_file_is_an_error_of_ours_or_none(place: int, tmp_path: Path) -> None:
+    path = tmp_path / "packed.npz"
+    np.savez_compressed(path, **arrays())
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0xFF
+    path.write_bytes(data)
+    with suppress(DataError):
+        load_npz(str(path))
+
+
+def test_a_member_that_is_no_array_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, arrays())
+    other = tmp_path / "other.npz"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(other, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, b"text" if name == "y_train.npy" else source.read(name))
+    with pytest.raises(DataError, match=r"other\.npz: "):
+        load_npz(str(other))
 
 
 def test_damage_inside_is_found(tmp_path: Path) -> None:
@@ -150,6 +186,7 @@ def test_libsvm_holds_out_every_fifth_or_reads_the_test_file_beside_it(tmp_path:
         ("0.5 1:1\n1 1:2\n", "two or more different whole numbers, not 0.5, 1"),
         ("0 1:nan\n1 1:2\n", "a feature is not finite|not in LIBSVM's format"),
         ("0 1:1e300\n1 1:2\n", "a feature is not finite in float32"),
+        ("inf 1:1\n1 1:2\n", "two or more different whole numbers, not 1, inf"),
         ("0 1:1\n1 2000000000:2\n", "too many to hold densely"),
     ],
 )
@@ -158,6 +195,14 @@ def test_libsvm_files_that_are_refused(text: str, message: str, tmp_path: Path) 
     path.write_text(text)
     with pytest.raises(DataError, match=f"{path}: .*({message})"):
         load_libsvm(str(path))
+
+
+def test_packed_libsvm_files_have_packed_test_files(tmp_path: Path) -> None:
+    (tmp_path / "a.bz2").write_bytes(bz2.compress(LIBSVM.encode()))
+    assert len(load_libsvm(str(tmp_path / "a.bz2")).test) == 2
+    (tmp_path / "a.t.bz2").write_bytes(bz2.compress(b"1 1:1\n-1 2:1\n1 1:3\n"))
+    split = load_libsvm(str(tmp_path / "a.bz2"))
+    assert (len(split.train), len(split.test)) == (10, 3)
 
 
 def test_a_test_label_that_training_lacks(tmp_path: Path) -> None:

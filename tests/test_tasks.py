@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fedpm_flwr.config import MODELS, Config
 from fedpm_flwr.tasks import build_model, client_data, load_dataset, partition_indices
@@ -79,3 +80,13 @@ def test_models_are_functions_of_their_seed_and_leave_the_generator_alone(name: 
 def test_a_model_that_cannot_take_the_inputs_says_so() -> None:
     with pytest.raises(ValueError, match="model='cnn' takes images"):
         build_model("cnn", (30,), 2, 0)
+
+
+def test_resnet18_has_group_norms_and_the_stem_for_small_images() -> None:
+    model = build_model("resnet18-gn", (3, 32, 32), 7, 0)
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    assert len(norms) == 20
+    assert {norm.num_groups for norm in norms} == {32}
+    assert not any(isinstance(module, nn.BatchNorm2d | nn.MaxPool2d) for module in model.modules())
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    assert (first.kernel_size, first.stride, first.padding) == ((3, 3), (1, 1), (1, 1))

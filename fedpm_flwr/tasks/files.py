@@ -1,6 +1,5 @@
 """Data from the user's own files: NumPy's .npz and LIBSVM's text format."""
 
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,13 +45,18 @@ def load_npz(path: str) -> Split:
 def load_libsvm(path: str) -> Split:
     """A LIBSVM file; PATH.t, if it exists, is the test set, else every fifth example.
 
+    A packed PATH.bz2 or PATH.gz has its test set in PATH.t.bz2 or PATH.t.gz.
+
     Labels are whole numbers, such as −1 and 1; in their order they become 0, 1, …
 
     Raises:
         DataError: naming the file and what is wrong with it.
     """
     require_file(path)
-    files = [path, f"{path}.t"] if Path(f"{path}.t").is_file() else [path]
+    whole = Path(path)
+    packed = whole.suffix if whole.suffix in (".bz2", ".gz") else ""
+    test = f"{path.removesuffix(packed)}.t{packed}"
+    files = [path, test] if Path(test).is_file() else [path]
     try:
         loaded = load_svmlight_files(files) if len(files) > 1 else load_svmlight_file(path)
     except Exception as error:  # whatever the parser stumbles over
@@ -60,7 +64,7 @@ def load_libsvm(path: str) -> Split:
     matrices, targets = loaded[0::2], loaded[1::2]
     inputs = [_dense(file, matrix) for file, matrix in zip(files, matrices, strict=True)]
     names = np.unique(targets[0])
-    if len(names) < 2 or not np.array_equal(names, np.rint(names)):
+    if len(names) < 2 or not (np.isfinite(names).all() and np.array_equal(names, np.rint(names))):
         raise DataError(f"{path}: labels must be two or more different whole numbers, not {_some(names)}")
     labels = []
     for file, target in zip(files, targets, strict=True):
@@ -87,16 +91,20 @@ def _read_npz(path: str) -> dict[str, Array]:
                     f"{path}: no array {missing[0]!r}; it needs {', '.join(_ARRAYS)}; it has "
                     f"{', '.join(file.files) or 'none'}"
                 )
-            return {name: file[name] for name in _ARRAYS}
+            return {name: np.asanyarray(file[name]) for name in _ARRAYS}
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zip, zlib and NumPy each fail in their own ways
         raise DataError(f"{path}: not a .npz file of plain arrays: {error}") from error
 
 
 def _inputs(path: str, name: str, array: Array) -> Tensor:
     if array.dtype.kind not in "buif":
         raise DataError(f"{path}: {name} holds {array.dtype}, not numbers")
+    if array.ndim > 2 and array.dtype.kind in "ui" and array.dtype != np.uint8:
+        raise DataError(
+            f"{path}: {name} holds images of {array.dtype}; allowed: uint8 (0 to 255) or floating point"
+        )
     if array.ndim not in (2, 3, 4) or 0 in array.shape:
         raise DataError(
             f"{path}: {name} has shape {list(array.shape)}; allowed: [n, features], [n, height, width] or images "
@@ -135,6 +143,8 @@ def _labels(path: str, name: str, array: Array) -> Tensor:
         raise DataError(
             f"{path}: {name} holds the label {array.min()}, first in row {array.argmin()}; they start at 0"
         )
+    if len(array) and int(array.max()) > np.iinfo(np.int64).max:
+        raise DataError(f"{path}: {name} holds the label {array.max()}, first in row {array.argmax()}: too large")
     return torch.from_numpy(array.astype(np.int64))
 
 
