@@ -84,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem:
         print(f"{PREFIX}{problem}", file=sys.stderr)
         return 2
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:
         runs = run_all([config for method in methods for config in method.configs], given.nodes, given.jobs)
     except KeyboardInterrupt:
@@ -180,7 +182,7 @@ def _stopping_workers(pool: ProcessPoolExecutor) -> Iterator[None]:
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in multiprocessing.active_children():
-            worker.terminate()
+            worker.kill()
         raise
 
 
