@@ -3,9 +3,9 @@
     python -m benchmarks.compare [--nodes 10] [algorithms=A,B,…] [seeds=3] [KEY=VALUE …]
 
 An algorithm may bring settings of its own, as in algorithms=fedavg:learning-rate=0.3,fedpm. The seeds
-are seed, seed + 1, …. Every run goes through the application's own ServerApp and ClientApp, in one
-process, many runs at a time; the numbers are those of the same run under Ray. All of it is left in
-the folder that output=FOLDER names, else under runs/.
+are seed, seed + 1, …. Every run goes through the application's own ServerApp and ClientApp in a
+process of its own, several at a time; the numbers are those of the same run under Ray. All of it is
+left in the folder that output=FOLDER names, else under runs/.
 
 Columns: accuracy and loss of the global model on the test set after the last round, mean and standard
 deviation over seeds; the rounds until a run first has the accuracy with which the best of the other
@@ -39,10 +39,8 @@ from .table import Row, publish
 _DEFAULT_ALGORITHMS = "fedavg:learning-rate=0.3,localnewton,fedpm"
 _DEFAULT_SEEDS = 3
 _OWN = "algorithms: names joined by commas, each with :KEY=VALUE for settings of its own\nseeds: how many\n"
-_SAME_FOR_ALL = (
-    *("algorithm", "output", "seed", "dataset", "max-train-examples", "partition", "alpha"),
-    *("model", "initial-model"),
-)
+_PROBLEM = ("dataset", "max-train-examples", "partition", "alpha", "model", "initial-model")
+_SAME_FOR_ALL = ("algorithm", "output", "seed", *_PROBLEM)
 """Settings that an algorithm cannot bring of its own: the comparison would not be one."""
 Rounds = list[dict[str, float]]
 

@@ -55,7 +55,7 @@ def fit(
         optimizer.zero_grad()
         outputs = model(inputs)
         loss = loss_fn(outputs, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         total += loss.detach() * len(inputs)
         examples += len(inputs)
         labelled = not targets.is_floating_point()
@@ -100,7 +100,7 @@ def loader(data: Dataset[Any], batch_size: int, seed: int | None = None) -> Data
 
     ``data`` is asked for a batch at a time, by a list of indices.
     """
-    size = len(data)  # type: ignore[arg-type]
+    size = len(data)  # type: ignore[arg-type]  # torch's Dataset does not declare __len__
     order: Sampler[int] = SequentialSampler(range(size))
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     if generator is not None and size:  # an empty data set gives no batches; torch refuses to shuffle one

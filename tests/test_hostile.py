@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -52,7 +53,7 @@ FLOATS = [key for key, value in make_model().state_dict().items() if value.is_fl
 def exchange() -> Iterator[Round]:
     """One round's requests, and the replies of real clients to them."""
     with _task_identity(1):
-        grid = InlineGrid(None, CLIENTS, {}, seed=0)  # type: ignore[arg-type]
+        grid = InlineGrid(ClientApp(), CLIENTS, {}, seed=0)
         arrays = ArrayRecord(make_model().state_dict())
         requests = list(FedPM(min_available_nodes=CLIENTS).configure_train(1, arrays, ConfigRecord(), grid))
         yield requests, [client(request, i) for i, request in enumerate(requests)]
@@ -283,7 +284,7 @@ class Exchange:
     """Aggregates by a strategy, and tells which of the replies it left out."""
 
     def __init__(self, strategy: Guarded, requests: list[Message]) -> None:
-        grid = InlineGrid(None, CLIENTS, {}, seed=0)  # type: ignore[arg-type]
+        grid = InlineGrid(ClientApp(), CLIENTS, {}, seed=0)
         arrays = ArrayRecord(make_model().state_dict())
         list(strategy.configure_train(1, arrays, ConfigRecord(), grid))
         self.strategy = strategy
