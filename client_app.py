@@ -61,6 +61,6 @@ def partition(message: Message, context: Context) -> Message:
 
 def _global_model(config: Config, message: Message) -> nn.Module:
     split = load_dataset(config.dataset, config.max_train_examples)
-    model = build_model(config.model, split.input_shape, split.classes, config.seed)
+    model = build_model(config.model, split.input_shape, split.classes, config.seed, split.input_dtype)
     model.load_state_dict(message.content.array_records[messages.ARRAYS].to_torch_state_dict())
     return model

@@ -25,7 +25,7 @@ def main(grid: Grid, context: Context) -> None:
     config = Config.from_run_config(context.run_config)
     device = pick_device(config.device)
     split = load_dataset(config.dataset, config.max_train_examples)
-    model = build_model(config.model, split.input_shape, split.classes, config.seed).to(device)
+    model = build_model(config.model, split.input_shape, split.classes, config.seed, split.input_dtype).to(device)
     if config.initial_model:
         load_weights(model, config.initial_model)
     test_batches = loader(split.test, _EVALUATION_BATCH)

@@ -139,7 +139,7 @@ def find_problem(methods: Sequence[Method], output: Path | None) -> str:
     config = methods[0].configs[0]
     try:
         split = load_dataset(config.dataset, config.max_train_examples)
-        model = build_model(config.model, split.input_shape, split.classes, config.seed)
+        model = build_model(config.model, split.input_shape, split.classes, config.seed, split.input_dtype)
         if config.initial_model:
             load_weights(model, config.initial_model)
         Path(config.output).mkdir(parents=True, exist_ok=True)

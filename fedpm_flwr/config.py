@@ -15,9 +15,9 @@ from typing import Any
 
 ALGORITHMS = ("fedpm", "localnewton", "fedavg")
 DATASETS = ("digits", "breast-cancer", "cifar10", "cifar100", "mnist", "fashion-mnist")
-FILES = ("npz:", "libsvm:")
+FILES = ("npz:", "libsvm:", "text:")
 """What a dataset may start with instead; an absolute path follows."""
-MODELS = ("cnn", "linear", "mlp", "lenet", "resnet18-gn")
+MODELS = ("cnn", "linear", "mlp", "lenet", "resnet18-gn", "vit", "char-lm")
 PARTITIONS = ("dirichlet", "iid")
 WEIGHTINGS = ("num-examples", "uniform")
 CODECS = ("triangle-float32", "triangle-float64")

@@ -252,12 +252,40 @@ def test_data_from_a_file_with_augmentation_read_once(tmp_path: Path) -> None:
     assert plain[1]["test-loss"] != rows[1]["test-loss"]
 
 
+@pytest.mark.filterwarnings("ignore:no curvature for")
+def test_a_vision_transformer_learns_by_fedpm(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    labels = np.arange(90) % 3
+    images = (generator.random((90, 16, 16)) * 80 + 80 * labels[:, None, None]).astype(np.uint8)
+    np.savez(tmp_path / "d.npz", x_train=images, y_train=labels, x_test=images[:30], y_test=labels[:30])
+    settings = {"dataset": f"npz:{tmp_path / 'd.npz'}", "model": "vit", "alpha": 10.0, "damping": 1.0}
+    rows = run(tmp_path / "run", settings)
+    assert [row["clients"] for row in rows] == [0, 3, 3]
+    assert rows[-1]["test-loss"] < rows[0]["test-loss"] - 0.1
+
+
+@pytest.mark.filterwarnings("ignore:no curvature for")
+def test_a_text_is_learned_by_fedpm(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 20, encoding="utf-8")
+    settings = {"dataset": f"text:{tmp_path / 'text.txt'}", "model": "char-lm", "alpha": 10.0, "damping": 1.0}
+    rows = run(tmp_path / "run", settings)
+    assert [row["clients"] for row in rows] == [0, 3, 3]
+    assert rows[-1]["test-loss"] < rows[0]["test-loss"] - 0.1
+
+
+def test_text_for_a_model_that_takes_none_ends_the_run_at_once(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("to be or not to be " * 9, encoding="utf-8")
+    with pytest.raises(ValueError, match="model='mlp' does not take text"):
+        run(tmp_path / "run", {"dataset": f"text:{tmp_path / 'text.txt'}", "model": "mlp"})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"dataset": "npz:/nowhere/d.npz"}, "/nowhere/d.npz: there is no such file on this machine"),
         ({"dataset": "breast-cancer"}, "model='cnn' takes images"),
         ({"model": "lenet"}, "model='lenet' takes images of at least 16 x 16"),
+        ({"model": "char-lm"}, "model='char-lm' does not take features or images"),
     ],
 )
 def test_data_that_is_not_there_or_does_not_fit_ends_the_run_at_once(

@@ -11,6 +11,7 @@ from fedpm_flwr import config as settings
 from fedpm_flwr.algorithms import REGISTRY
 from fedpm_flwr.config import Config, ConfigError, describe
 from fedpm_flwr.tasks.datasets import _LOADERS
+from fedpm_flwr.tasks.files import LOADERS
 from fedpm_flwr.tasks.models import _MODELS
 from fedpm_flwr.wire import CODECS
 
@@ -26,6 +27,7 @@ def test_the_names_that_config_allows_are_those_that_exist() -> None:
     assert set(settings.ALGORITHMS) == set(REGISTRY)
     assert set(settings.CODECS) == set(CODECS)
     assert set(settings.DATASETS) == set(_LOADERS)
+    assert set(settings.FILES) == {f"{prefix}:" for prefix in LOADERS}
     assert set(settings.MODELS) == set(_MODELS)
 
 
@@ -57,6 +59,8 @@ def test_in_python_too_whole_numbers_serve_as_numbers() -> None:
         ("seed", 2**32, "seed=4294967296"),
         ("device", 3, "device=3 is not allowed; allowed: text"),
         ("output", "runs/mine", "output='runs/mine' is not an absolute path"),
+        ("dataset", "text:my.txt", "dataset='text:my.txt' is not an absolute path"),
+        ("dataset", "text:", r"dataset='text:' is not allowed; .*\| text:/path/to/file$"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(key: str, value: object, allowed: str) -> None:

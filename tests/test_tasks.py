@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from fedpm_flwr.config import MODELS, Config
-from fedpm_flwr.tasks import build_model, client_data, load_dataset, partition_indices
+from fedpm_flwr.tasks import Examples, build_model, client_data, load_dataset, partition_indices
+from fedpm_flwr.tasks.vit import VisionTransformer, _Block
 
 
 def test_digits() -> None:
@@ -69,17 +70,47 @@ def test_clients_get_their_own_examples() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_models_are_functions_of_their_seed_and_leave_the_generator_alone(name: str) -> None:
     state = torch.get_rng_state()
-    first, again, other = (build_model(name, (1, 16, 16), 10, seed) for seed in (1, 1, 2))
+    text = name == "char-lm"
+    inputs = torch.zeros(2, 16, dtype=torch.int64) if text else torch.zeros(2, 1, 16, 16)
+    shape = tuple(inputs.shape[1:])
+    first, again, other = (build_model(name, shape, 10, seed, inputs.dtype) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
-    assert first(torch.zeros(2, 1, 16, 16)).shape == (2, 10)
+    assert first(inputs).shape == (2, 10)
     for p, q in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
     assert not torch.equal(next(first.parameters()), next(other.parameters()))
 
 
-def test_a_model_that_cannot_take_the_inputs_says_so() -> None:
-    with pytest.raises(ValueError, match="model='cnn' takes images"):
-        build_model("cnn", (30,), 2, 0)
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("cnn", (30,), "model='cnn' takes images of at least 4 x 4"),
+        ("vit", (16,), "model='vit' takes images of at least 8 x 8"),
+        ("vit", (1, 8, 4), r"model='vit' takes images of at least 8 x 8, not inputs of shape \(1, 8, 4\)"),
+        ("vit", (1, 10, 8), r"model='vit' .* multiples of 4, not inputs of shape \(1, 10, 8\)"),
+        ("vit", (3, 8, 9), r"model='vit' .* multiples of 4, not inputs of shape \(3, 8, 9\)"),
+        ("char-lm", (16,), r"does not take features or images \(torch.float32\); .*: linear, mlp, .*, vit$"),
+    ],
+)
+def test_a_model_that_cannot_take_the_inputs_says_so(name: str, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(name, shape, 2, 0)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "char-lm"])
+def test_only_char_lm_takes_text(name: str) -> None:
+    message = rf"model='{name}' does not take text \(torch.int64\); models that do: char-lm$"
+    with pytest.raises(ValueError, match=message):
+        build_model(name, (16,), 9, 0, torch.int64)
+
+
+def test_uint8_images_are_given_out_as_floats_and_whole_numbers_as_they_are() -> None:
+    labels = torch.zeros(3, dtype=torch.int64)
+    for dtype in (torch.uint8, torch.int64, torch.float32):
+        given = torch.float32 if dtype == torch.uint8 else dtype
+        examples = Examples(torch.arange(6).reshape(3, 2).to(dtype), labels)
+        assert examples.input_dtype == examples[[1, 2]][0].dtype == examples[0][0].dtype == given
+    assert Examples(torch.tensor([[7, 255, 300]]), labels[:1])[0][0].tolist() == [7, 255, 300]
 
 
 def test_resnet18_has_group_norms_and_the_stem_for_small_images() -> None:
@@ -90,3 +121,43 @@ def test_resnet18_has_group_norms_and_the_stem_for_small_images() -> None:
     assert not any(isinstance(module, nn.BatchNorm2d | nn.MaxPool2d) for module in model.modules())
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     assert (first.kernel_size, first.stride, first.padding) == ((3, 3), (1, 1), (1, 1))
+
+
+def test_a_block_of_the_vision_transformer_is_torchs_encoder_layer() -> None:
+    torch.manual_seed(0)
+    block = _Block().double()
+    nn.init.normal_(block.attention.query_key_value.bias)  # torch's own starts at 0
+    layer = nn.TransformerEncoderLayer(
+        64, 4, 128, dropout=0, activation="gelu", batch_first=True, norm_first=True, dtype=torch.float64
+    )
+    ours = {
+        "self_attn.in_proj_": block.attention.query_key_value,
+        "self_attn.out_proj.": block.attention.output,
+        "linear1.": block.mlp[0],
+        "linear2.": block.mlp[2],
+        "norm1.": block.attention_norm,
+        "norm2.": block.mlp_norm,
+    }
+    layer.load_state_dict(
+        {f"{name}{key}": value for name, module in ours.items() for key, value in module.state_dict().items()}
+    )
+    tokens = torch.randn(2, 5, 64, dtype=torch.float64)
+    torch.testing.assert_close(block(tokens), layer(tokens))
+
+
+def test_the_vision_transformer_sees_where_a_patch_is_and_all_of_them() -> None:
+    model = build_model("vit", (3, 8, 12), 5, 0)
+    assert isinstance(model, VisionTransformer)
+    assert len(model.blocks) == 4
+    assert model.positions.weight.shape == (6, 64)
+    images = torch.randn(1, 3, 8, 12)
+    outputs = model(images)
+    assert outputs.shape == (1, 5)
+    assert not torch.allclose(model(images.roll(4, dims=2)), outputs, atol=1e-6)
+    nn.init.zeros_(model.positions.weight)
+    torch.testing.assert_close(model(images.roll(4, dims=2)), model(images))
+    for row in range(0, 8, 4):
+        for column in range(0, 12, 4):
+            other = images.clone()
+            other[..., row : row + 4, column : column + 4] = 0
+            assert not torch.allclose(model(other), model(images), atol=1e-6)

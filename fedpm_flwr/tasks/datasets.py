@@ -18,7 +18,7 @@ def load_dataset(name: str, max_train_examples: int = 0) -> Split:
     """A data set, loaded once per process; with only the first so many training examples (0: all).
 
     Raises:
-        KeyError: the name is neither one of ``config.DATASETS`` nor ``npz:/…`` nor ``libsvm:/…``.
+        KeyError: the name is neither one of ``config.DATASETS`` nor one of ``config.FILES`` with a path.
         DataError: the data is missing, malformed or mislabelled.
     """
     prefix, colon, path = name.partition(":")

@@ -24,8 +24,9 @@ class Examples(Dataset[tuple[Tensor, Tensor]]):
     """Inputs and their labels; ``examples[i]`` is one pair, ``examples[[i, j]]`` a batch.
 
     Args:
-        inputs: float32 [examples, …], given out as they are, or uint8 images [examples, channels,
-            height, width], scaled from 0 … 255 to −1 … 1 when they are read: in memory a fourth.
+        inputs: float32 [examples, …] or characters' numbers, int64 [examples, length], given out as they
+            are; or uint8 images [examples, channels, height, width], scaled from 0 … 255 to −1 … 1 when
+            they are read: in memory a fourth.
         labels: int64 [examples], from 0 to the number of classes − 1.
         augment: whether images are moved by up to 4 pixels and mirrored at random when they are
             read (torch's generator), as is usual for CIFAR.
@@ -58,6 +59,11 @@ class Examples(Dataset[tuple[Tensor, Tensor]]):
     def input_shape(self) -> tuple[int, ...]:
         return tuple(self.inputs.shape[1:])
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The type of the inputs as they are given out."""
+        return torch.float32 if self.inputs.dtype == torch.uint8 else self.inputs.dtype
+
     def augmented(self) -> "Examples":
         """The same examples, augmented when they are read."""
         return replace(self, augment=True)
@@ -82,6 +88,10 @@ class Split:
     @property
     def input_shape(self) -> tuple[int, ...]:
         return self.train.input_shape
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        return self.train.input_dtype
 
 
 def hold_out(inputs: Tensor, labels: Tensor, classes: int, every: int = 5) -> Split:

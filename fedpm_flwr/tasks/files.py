@@ -1,4 +1,4 @@
-"""Data from the user's own files: NumPy's .npz and LIBSVM's text format."""
+"""Data from the user's own files: NumPy's .npz and LIBSVM's text format; text is in ``text``."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +10,7 @@ from sklearn.datasets import load_svmlight_file, load_svmlight_files
 from torch import Tensor
 
 from .examples import DataError, Examples, Split, hold_out, require_file
+from .text import load_text
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _CHANNELS = (1, 3, 4)
@@ -77,7 +78,7 @@ def load_libsvm(path: str) -> Split:
     return Split(Examples(inputs[0], labels[0]), Examples(inputs[1], labels[1]), len(names))
 
 
-LOADERS: dict[str, Callable[[str], Split]] = {"npz": load_npz, "libsvm": load_libsvm}
+LOADERS: dict[str, Callable[[str], Split]] = {"npz": load_npz, "libsvm": load_libsvm, "text": load_text}
 """What ``dataset="PREFIX:/path"`` is read by."""
 
 

@@ -6,21 +6,30 @@ from collections.abc import Callable
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from .examples import DataError, require_file
+from .vit import PATCH, VisionTransformer
 
 _HIDDEN = 64
 _GROUPS = 32
+_EMBEDDING = 32
 
 
-def build_model(name: str, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
+def build_model(
+    name: str, input_shape: tuple[int, ...], classes: int, seed: int, input_dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """A freshly initialised model: the same for the same seed.
 
     Raises:
         KeyError: the name is not one of ``config.MODELS``.
-        ValueError: the model cannot take inputs of this shape.
+        ValueError: the model cannot take inputs of this shape and type.
     """
+    is_text = not input_dtype.is_floating_point
+    if is_text != (name in _FOR_TEXT):
+        fitting = ", ".join(other for other in _MODELS if is_text == (other in _FOR_TEXT))
+        given = "text" if is_text else "features or images"
+        raise ValueError(f"model={name!r} does not take {given} ({input_dtype}); models that do: {fitting}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _MODELS[name](input_shape, classes)
@@ -114,6 +123,38 @@ def _resnet18_gn(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     return model
 
 
+def _vit(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """A small vision transformer, patches 4 × 4; see ``VisionTransformer``."""
+    channels, height, width = _image("vit", input_shape, least=2 * PATCH)
+    if height % PATCH or width % PATCH:
+        raise ValueError(
+            f"model='vit' takes images whose sides are multiples of {PATCH}, not inputs of shape {input_shape}"
+        )
+    return VisionTransformer(channels, height, width, classes)
+
+
+def _char_lm(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The next character from those before it, [batch, length]: two convolutions of 3 on embedded characters."""
+    (length,) = input_shape
+    return nn.Sequential(
+        nn.Embedding(classes, _EMBEDDING),
+        _ChannelsFirst(),
+        nn.Conv1d(_EMBEDDING, _HIDDEN, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv1d(_HIDDEN, _HIDDEN, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),  # not the mean: which character comes next depends most on the last ones
+        nn.Linear(_HIDDEN * length, classes),
+    )
+
+
+class _ChannelsFirst(nn.Module):
+    """[batch, length, channels] as [batch, channels, length], as convolutions take it."""
+
+    def forward(self, embedded: Tensor) -> Tensor:
+        return embedded.transpose(1, 2)
+
+
 def _image(model: str, shape: tuple[int, ...], least: int) -> tuple[int, int, int]:
     """The shape as channels, height, width."""
     if len(shape) != 3 or min(shape[1:]) < least:
@@ -129,4 +170,8 @@ _MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "lenet": _lenet,
     "cnn": _cnn,
     "resnet18-gn": _resnet18_gn,
+    "vit": _vit,
+    "char-lm": _char_lm,
 }
+_FOR_TEXT = ("char-lm",)
+"""The models of ``_MODELS`` that take characters' numbers, int64; all others take floating point."""
