@@ -12,7 +12,19 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .curvature import Block, Curvature, CurvatureError, LayerCurvature, from_matrix, to_matrix, weighted_sum
+from .curvature import (
+    Block,
+    Curvature,
+    CurvatureError,
+    Kronecker,
+    LayerCurvature,
+    Spill,
+    from_matrix,
+    mean_factors,
+    plus,
+    to_matrix,
+    weighted_sum,
+)
 
 
 def mix(
@@ -36,10 +48,18 @@ def mix(
 
 
 class LayerMixer:
-    """``mix`` as two running sums, so that memory does not grow with the number of clients."""
+    """``mix`` as two running sums, so that memory does not grow with the number of clients.
 
-    def __init__(self) -> None:
+    Two-sided Kronecker products have no such sum: each client's factors are kept, by ``spill`` on
+    disk when they are many. ``factored`` adds up the factors instead, Σ wᵢ Pᵢ ≈ Ḡ ⊗ Ā + λ̄I. That is
+    an approximation: exact where all Pᵢ are equal, but else the mixed model is no longer the
+    minimiser, and not even the clients' common model where they agree.
+    """
+
+    def __init__(self, spill: Spill | None = None, factored: bool = False) -> None:
         self.weight = 0.0
+        self._spill = spill or Spill()
+        self._factored = factored
         self._total: Curvature | None = None  # Σ wᵢ Pᵢ
         self._moved: Tensor | None = None  # Σ wᵢ Pᵢ (θᵢ − θ)
 
@@ -47,9 +67,17 @@ class LayerMixer:
         """Fold in θᵢ − θ [rows, columns], the damped Pᵢ and wᵢ > 0."""
         scaled = curvature.scaled(weight)
         moved = scaled.matmul(delta)
-        self._total = scaled if self._total is None else self._total.plus(scaled)
+        if isinstance(scaled, Kronecker) and not self._factored:
+            scaled = scaled.map(self._spill.keep)
+        self._total = scaled if self._total is None else self._plus(self._total, scaled)
         self._moved = moved if self._moved is None else self._moved + moved
         self.weight += weight
+
+    def _plus(self, total: Curvature, added: Curvature) -> Curvature:
+        match total, added:
+            case Kronecker(left=left), Kronecker(left=other) if self._factored and left.shape == other.shape:
+                return mean_factors(total, added)
+        return plus(total, added)
 
     def step(self) -> Tensor:
         """(Σ wᵢ Pᵢ)⁻¹ Σ wᵢ Pᵢ (θᵢ − θ), [rows, columns].
@@ -72,11 +100,25 @@ class ModelMixer:
 
     Sums are kept in ``dtype``; the result has θ's names, shapes, dtypes and devices. Integers are
     rounded. Nothing that is passed in is changed.
+
+    Args:
+        theta: θ, by parameter name.
+        dtype: of the sums.
+        memory: bytes of Kronecker factors (``LayerMixer``) to keep in memory; the others go to disk.
+        factored: whether sums of Kronecker products are approximated (``LayerMixer``).
     """
 
-    def __init__(self, theta: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self,
+        theta: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.float64,
+        memory: int = 4 << 30,
+        factored: bool = False,
+    ) -> None:
         self._theta = theta
         self._dtype = dtype
+        self._spill = Spill(memory)
+        self._factored = factored
         self._weight = 0.0
         self._mixers: dict[Block, LayerMixer] = {}
         self._plain: dict[str, Tensor] = {}  # Σ wᵢ (θᵢ − θ) over clients without curvature there
@@ -86,8 +128,11 @@ class ModelMixer:
         deltas = {key: _delta(client[key], old, self._dtype) for key, old in self._theta.items()}
         for layer in layers:
             delta = to_matrix([deltas.pop(key) for key in layer.block.parameters])
+            for key, _ in layer.block.copies:
+                deltas.pop(key)
             curvature = layer.curvature.to(self._dtype, delta.device).damped(layer.damping)
-            self._mixers.setdefault(layer.block, LayerMixer()).add(delta, curvature, weight)
+            mixer = self._mixers.setdefault(layer.block, LayerMixer(self._spill, self._factored))
+            mixer.add(delta, curvature, weight)
         for key, delta in deltas.items():
             self._plain[key] = self._plain[key] + weight * delta if key in self._plain else weight * delta
         self._weight += weight
@@ -104,7 +149,7 @@ class ModelMixer:
         steps = {key: total / self._weight for key, total in self._plain.items()}
         for block, mixer in self._mixers.items():
             share = mixer.weight / self._weight
-            for key, step in zip(block.parameters, self._layer_steps(block, mixer), strict=True):
+            for key, step in self._layer_steps(block, mixer).items():
                 steps[key] = steps[key] + share * step if key in steps else share * step
         mixed = {key: _moved(old, server_learning_rate * steps[key]) for key, old in self._theta.items()}
         for key, value in mixed.items():
@@ -112,11 +157,13 @@ class ModelMixer:
                 raise CurvatureError(f"the mixed {key!r} is not finite")
         return mixed
 
-    def _layer_steps(self, block: Block, mixer: LayerMixer) -> list[Tensor]:
+    def _layer_steps(self, block: Block, mixer: LayerMixer) -> dict[str, Tensor]:
         try:
-            return from_matrix(mixer.step(), [self._theta[key].shape for key in block.parameters])
+            steps = from_matrix(mixer.step(), [self._theta[key].shape for key in block.parameters])
         except CurvatureError as error:
             raise CurvatureError(f"layer {block.name!r}: {error}") from error
+        own = dict(zip(block.parameters, steps, strict=True))
+        return own | {key: own[original] for key, original in block.copies}
 
 
 def _delta(new: Tensor, old: Tensor, dtype: torch.dtype) -> Tensor:

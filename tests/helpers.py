@@ -1,11 +1,13 @@
 """What several test files share."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from fedpm_flwr.curvature import Curvature, Dense, Identity, KroneckerRight
+from fedpm_flwr.curvature import Curvature, Dense, Diagonal, Identity, Kronecker, KroneckerRight, LowRank
 
-ROWS, COLUMNS = 3, 4
+ROWS, COLUMNS, GROUPS = 6, 4, 2
 
 
 def spd(side: int, generator: torch.Generator, condition: float = 1e2) -> Tensor:
@@ -16,24 +18,52 @@ def spd(side: int, generator: torch.Generator, condition: float = 1e2) -> Tensor
     return matrix
 
 
-def identity(generator: torch.Generator, condition: float) -> Identity:
-    return Identity(float(torch.rand((), generator=generator)) + 0.1)
+def stacked(side: int, generator: torch.Generator, condition: float) -> Tensor:
+    return torch.stack([spd(side, generator, condition) for _ in range(GROUPS)])
 
 
-def dense(generator: torch.Generator, condition: float) -> Dense:
-    return Dense(spd(ROWS * COLUMNS, generator, condition))
+def diagonal(rows: int, columns: int) -> Callable[[torch.Generator, float], Diagonal]:
+    def make(generator: torch.Generator, condition: float) -> Diagonal:
+        exponents = torch.linspace(0, 1, rows * columns, dtype=torch.float64)
+        order = torch.randperm(rows * columns, generator=generator)
+        return Diagonal((condition**-exponents)[order].reshape(rows, columns))
+
+    return make
 
 
-def kronecker_right(generator: torch.Generator, condition: float) -> KroneckerRight:
-    return KroneckerRight(spd(COLUMNS, generator, condition))
+def kronecker(generator: torch.Generator, condition: float) -> Kronecker:
+    return Kronecker(spd(ROWS, generator, condition**0.5), spd(COLUMNS, generator, condition**0.5))
 
 
-MAKERS = {Identity.kind: identity, Dense.kind: dense, KroneckerRight.kind: kronecker_right}
-"""A random P of each kind, acting on [ROWS, COLUMNS]; a new kind adds its line here."""
+def kronecker_grouped(generator: torch.Generator, condition: float) -> Kronecker:
+    half = condition**0.5
+    return Kronecker(stacked(ROWS // GROUPS, generator, half), stacked(COLUMNS, generator, half))
 
 
-def random_curvature(kind: str, generator: torch.Generator, condition: float = 1e2) -> Curvature:
-    return MAKERS[kind](generator, condition)
+def low_rank(generator: torch.Generator, condition: float) -> LowRank:
+    floor = torch.rand(COLUMNS, dtype=torch.float64, generator=generator) + 1
+    return LowRank(floor / condition, torch.randn(COLUMNS, 1, dtype=torch.float64, generator=generator))
+
+
+MAKERS: dict[str, Callable[[torch.Generator, float], Curvature]] = {
+    "identity": lambda generator, condition: Identity(float(torch.rand((), generator=generator)) + 0.1),
+    "diagonal": diagonal(ROWS, COLUMNS),
+    "diagonal, a number a row": diagonal(ROWS, 1),
+    "diagonal, a number a column": diagonal(1, COLUMNS),
+    "dense": lambda generator, condition: Dense(spd(ROWS * COLUMNS, generator, condition)),
+    "kronecker-right": lambda generator, condition: KroneckerRight(spd(COLUMNS, generator, condition)),
+    "kronecker-right, grouped": lambda generator, condition: KroneckerRight(
+        stacked(COLUMNS, generator, condition)
+    ),
+    "kronecker": kronecker,
+    "kronecker, grouped": kronecker_grouped,
+    "low-rank": low_rank,
+}
+"""A random P of each kind and form, acting on [ROWS, COLUMNS]; a new kind adds its line here."""
+
+
+def random_curvature(form: str, generator: torch.Generator, condition: float = 1e2) -> Curvature:
+    return MAKERS[form](generator, condition)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

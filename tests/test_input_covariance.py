@@ -10,6 +10,7 @@ from curvlinops import KFACLinearOperator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fedpm_flwr.curvature import Block, KroneckerRight
 from fedpm_flwr.estimators import InputCovariance
 
 
@@ -34,7 +35,13 @@ def measure(model: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:
     model.train()
     for x in inputs:
         model(x)
-    return {block.name: moment for block, moment in estimator.collect().items()}
+    return {block.name: moment for block, moment in factors(estimator).items()}
+
+
+def factors(estimator: InputCovariance) -> dict[Block, Tensor]:
+    """A of each layer whose P has one."""
+    found = estimator.collect()
+    return {block: P.factor for block, P in found.items() if isinstance(P, KroneckerRight)}
 
 
 LAYERS: dict[str, Callable[[bool], nn.Module]] = {
@@ -123,7 +130,7 @@ def test_a_module_called_twice_counts_both_inputs() -> None:
     layer(first)
     layer(second)
     both = torch.cat([first, second])
-    (moment,) = estimator.collect().values()
+    (moment,) = factors(estimator).values()
     torch.testing.assert_close(moment, both.T @ both / 6)
     assert estimator.collect() == {}
 
@@ -160,8 +167,8 @@ class TestWhatNeverEnters:
         model[0].register_forward_pre_hook(lambda *_: calls.append(1))
         checkpoint(model, x, use_reentrant=False).sum().backward()
         assert len(calls) == 2, "the checkpoint must have run the layer twice"
-        assert estimator._watched[0].count == 4
-        torch.testing.assert_close(estimator.collect()[estimator.blocks[0]], with_ones(x).T @ with_ones(x) / 4)
+        assert estimator._moments[estimator.blocks[0]].counts == [4]
+        torch.testing.assert_close(factors(estimator)[estimator.blocks[0]], with_ones(x).T @ with_ones(x) / 4)
 
     def test_a_layer_in_a_reentrant_checkpoint(self, model: nn.Sequential) -> None:
         estimator = InputCovariance(model)
@@ -180,18 +187,26 @@ def test_what_cannot_be_measured_is_named_once() -> None:
     model = nn.ModuleDict(
         {
             "norm": nn.GroupNorm(1, 4),
-            "grouped": nn.Conv2d(4, 4, 3, groups=2),
+            "transposed": nn.ConvTranspose2d(4, 4, 3),
             "wide": nn.Linear(20, 2),
             "good": nn.Linear(4, 2),
             "tied": tied,
             "twin": nn.Linear(4, 4),
+            "lookup": nn.Embedding(4, 2, sparse=True),
         }
     )
     model["twin"].weight = tied.weight
     with pytest.warns(UserWarning, match="no curvature for") as caught:
         estimator = InputCovariance(model, max_side=15)
     assert len(caught) == 1
-    for name in ("norm (GroupNorm)", "grouped (grouped", "wide (21 inputs", "tied (shared", "twin (shared"):
+    for name in (
+        "norm (GroupNorm)",
+        "transposed (ConvTranspose2d",
+        "wide (21 inputs",
+        "tied (shared",
+        "twin (shared",
+        "lookup (sparse",
+    ):
         assert name in str(caught[0].message)
     assert [block.name for block in estimator.blocks] == ["good"]
 
@@ -203,7 +218,7 @@ def test_frozen_parameters_belong_to_no_block() -> None:
     estimator = InputCovariance(model)
     assert [block.parameters for block in estimator.blocks] == [("1.weight",), ("2.weight", "2.bias")]
     model(torch.randn(2, 3))
-    assert [len(moment) for moment in estimator.collect().values()] == [3, 4]
+    assert [len(moment) for moment in factors(estimator).values()] == [3, 4]
 
 
 def with_ones(x: Tensor) -> Tensor:
@@ -219,7 +234,7 @@ def test_factors_stay_float32_under_autocast() -> None:
         assert hidden.dtype == torch.bfloat16
         estimator.collect()
         model(x)
-    first, second = estimator.collect().values()
+    first, second = factors(estimator).values()
     assert first.dtype == second.dtype == torch.float32
     torch.testing.assert_close(first, with_ones(x).T @ with_ones(x) / 8)
     torch.testing.assert_close(second, with_ones(hidden.float()).T @ with_ones(hidden.float()) / 8)
@@ -230,7 +245,7 @@ def test_a_layer_called_by_keyword() -> None:
     estimator = InputCovariance(layer)
     x = torch.randn(3, 2)
     layer(input=x)
-    (moment,) = estimator.collect().values()
+    (moment,) = factors(estimator).values()
     torch.testing.assert_close(moment, with_ones(x).T @ with_ones(x) / 3)
 
 
@@ -253,11 +268,35 @@ def test_hooks_go_with_the_estimator() -> None:
     assert len(layer._forward_pre_hooks) == 0
 
 
-def test_a_module_under_two_names_is_left_out() -> None:
+def test_a_module_under_two_names_is_one_layer_with_copies() -> None:
     model = nn.Module()
     model.one = nn.Linear(2, 2)
     model.two = model.one
-    with pytest.warns(UserWarning, match=r"one \(shared parameter\)"):
+    (block,) = InputCovariance(model).blocks
+    assert block.parameters == ("one.weight", "one.bias")
+    assert block.copies == (("two.bias", "one.bias"), ("two.weight", "one.weight"))
+
+
+def test_tied_layers_are_one_layer_that_counts_the_inputs_of_both() -> None:
+    one, two = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    two.weight = one.weight
+    model = nn.Sequential(one, nn.Tanh(), two)
+    estimator = InputCovariance(model)
+    assert [(block.parameters, block.copies) for block in estimator.blocks] == [
+        (("0.weight",), (("2.weight", "0.weight"),))
+    ]
+    x = torch.randn(5, 3)
+    hidden = torch.tanh(one(x)).detach()
+    estimator.collect()
+    model(x)
+    (moment,) = factors(estimator).values()
+    torch.testing.assert_close(moment, (x.T @ x + hidden.T @ hidden) / 10)
+
+
+def test_an_embedding_tied_to_the_output_layer_is_left_out() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight
+    with pytest.warns(UserWarning, match=r"0 \(shared parameter\), 1 \(shared parameter\)"):
         assert InputCovariance(model).blocks == []
 
 

@@ -81,7 +81,7 @@ def test_one_round_is_the_step_by_the_decoded_curvature(
         half_squared_error(model(x), y).backward()  # type: ignore[no-untyped-call]
         with_ones = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
         exact = with_ones.T @ with_ones / len(x)
-        decoded = get_codec(codec).unpack(get_codec(codec).pack(exact), IN + 1).double()
+        decoded = get_codec(codec).unpack(get_codec(codec).pack(exact), (IN + 1, IN + 1)).double()
         curvature += weight * (decoded + damping * torch.eye(IN + 1, dtype=torch.float64))
         gradient += weight * joint({"weight": model.weight.grad, "bias": model.bias.grad})  # type: ignore[dict-item]
     step = torch.linalg.solve(curvature, gradient.T).T

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedpm_flwr.curvature import (
-    KINDS,
     Block,
     Curvature,
     CurvatureError,
@@ -26,11 +25,12 @@ from fedpm_flwr.curvature import (
     KroneckerRight,
     LayerCurvature,
     to_matrix,
+    weighted_sum,
 )
 from fedpm_flwr.mixing import LayerMixer, ModelMixer, mix
 from fedpm_flwr.wire import CODECS, decode, encode
 
-from .helpers import COLUMNS, ROWS, random_curvature, relative_error
+from .helpers import COLUMNS, MAKERS, ROWS, random_curvature, relative_error
 
 EPSILON = torch.finfo(torch.float64).eps
 BLOCK = Block("layer", ("layer.weight", "layer.bias"))
@@ -66,10 +66,14 @@ def through_codec(curvature: Curvature, codec: str | None) -> Curvature:
 
 @st.composite
 def clients(draw: st.DrawFn, count: st.SearchStrategy[int] = ANY_NUMBER) -> Clients:
-    """Random clients of one layer, with curvatures of one kind sent by one codec, up to condition 1e6."""
+    """Random clients of one layer, their curvatures of one or several forms, by one codec, up to condition 1e6."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     number = draw(count)
-    kind = draw(st.sampled_from(sorted(KINDS)))
+    # Of one form, or of any that meet in one round.
+    form = draw(st.sampled_from(sorted(MAKERS)))
+    forms = (
+        [form] * number if draw(st.booleans()) else [draw(st.sampled_from(sorted(MAKERS))) for _ in range(number)]
+    )
     codec = draw(st.sampled_from([None, *CODECS]))
     # Condition numbers that a float32 triangle leaves positive definite.
     condition = 10.0 ** draw(st.integers(0, 6 if codec != "triangle-float32" else 4))
@@ -82,8 +86,7 @@ def clients(draw: st.DrawFn, count: st.SearchStrategy[int] = ANY_NUMBER) -> Clie
         theta=normal(),
         models=[normal() for _ in range(number)],
         curvatures=[
-            through_codec(random_curvature(kind, generator, condition), codec).damped(damping)
-            for _ in range(number)
+            through_codec(random_curvature(form, generator, condition), codec).damped(damping) for form in forms
         ],
         weights=[float(w) for w in torch.randint(1, 1000, (number,), generator=generator)],
         tolerance=max(1e-10, 10 * EPSILON * condition),
@@ -179,9 +182,7 @@ def test_a_client_without_curvature_counts_with_the_mean_of_the_others(given: Cl
         mixer.add(model_of(model), layers, weight)
     result = mixer.result()
     total = sum(given.weights[:curved])
-    mean = given.curvatures[0].scaled(given.weights[0] / total)
-    for i in range(1, curved):
-        mean = mean.plus(given.curvatures[i].scaled(given.weights[i] / total))
+    mean = weighted_sum([weight / total for weight in given.weights[:curved]], given.curvatures[:curved])
     given.curvatures = given.curvatures[:curved] + [mean] * (len(given.models) - curved)
     found = to_matrix([result["layer.weight"], result["layer.bias"]])
     assert relative_error(found, given.mixed()) < given.tolerance
@@ -248,3 +249,51 @@ def test_a_singular_sum_names_the_layer() -> None:
     mixer.add({"w": torch.ones(1, 2)}, [layer], 1.0)
     with pytest.raises(CurvatureError, match="layer 'deep'"):
         mixer.result()
+
+
+def kronecker_clients(count: int) -> list[tuple[dict[str, Tensor], list[LayerCurvature], float]]:
+    generator = torch.Generator().manual_seed(11)
+    return [
+        (
+            model_of(torch.randn(ROWS, COLUMNS, dtype=torch.float64, generator=generator)),
+            [LayerCurvature(BLOCK, random_curvature("kronecker", generator), 0.1)],
+            1.0 + i,
+        )
+        for i in range(count)
+    ]
+
+
+def test_kronecker_factors_on_disk_give_the_same_model() -> None:
+    theta = model_of(torch.zeros(ROWS, COLUMNS, dtype=torch.float64))
+    results = []
+    for memory in (1 << 30, 0):
+        mixer = ModelMixer(theta, memory=memory)
+        for client in kronecker_clients(5):
+            mixer.add(*client)
+        assert (mixer._spill.spilled > 0) == (memory == 0)
+        results.append(mixer.result())
+    assert all(torch.equal(results[0][key], results[1][key]) for key in theta)
+
+
+def test_the_factored_sum_keeps_no_client_and_is_near_the_exact_one() -> None:
+    theta = model_of(torch.zeros(ROWS, COLUMNS, dtype=torch.float64))
+    exact, factored = ModelMixer(theta), ModelMixer(theta, memory=0, factored=True)
+    for client in kronecker_clients(4):
+        exact.add(*client)
+        factored.add(*client)
+    assert factored._spill.spilled == 0
+    error = relative_error(factored.result()["layer.weight"], exact.result()["layer.weight"])
+    assert 1e-3 < error < 0.5
+
+
+def test_tied_parameters_stay_tied() -> None:
+    theta = {key: torch.zeros(1, 2) for key in ("one", "two", "other")}
+    block = Block("layer", ("one",), (("two", "one"),))
+    mixer = ModelMixer(theta)
+    for value, scale in ((1.0, 3.0), (0.0, 1.0)):
+        client = {"one": torch.full((1, 2), value), "two": torch.full((1, 2), value), "other": torch.ones(1, 2)}
+        mixer.add(client, [LayerCurvature(block, KroneckerRight(scale * torch.eye(2)), 0.0)], 1.0)
+    result = mixer.result()
+    assert torch.equal(result["one"], torch.full((1, 2), 0.75))
+    assert torch.equal(result["two"], result["one"])
+    assert torch.equal(result["other"], torch.ones(1, 2))

@@ -135,7 +135,7 @@ BROKEN: dict[str, tuple[Breaking, str]] = {
     ),
     "curvature of another size": (
         lambda m, a: reply_with(m, a, {"num-examples": 5}, curvature=curvature_of(side=2)),
-        "side 2, but its parameters need 3",
+        "shapes .* do not fit its parameters, a matrix of 1 x 3",
     ),
     "curvature is indefinite": (
         lambda m, a: reply_with(m, a, {"num-examples": 5}, curvature=curvature_of(value=-0.2)),

@@ -9,26 +9,62 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fedpm_flwr.curvature import Block, Curvature, Dense, Identity, KroneckerRight, LayerCurvature
+from fedpm_flwr.curvature import (
+    KINDS,
+    Block,
+    Dense,
+    Diagonal,
+    Identity,
+    Kronecker,
+    KroneckerRight,
+    LayerCurvature,
+    LowRank,
+)
 from fedpm_flwr.wire import CODECS, FORMAT_VERSION, PayloadError, decode, encode
 
 GOLDEN = Path(__file__).parent / "golden"
-SHAPES = {"conv.weight": (2, 1, 1, 2), "conv.bias": (2,), "head.weight": (1, 2)}
+SHAPES = {
+    "conv.weight": (2, 1, 1, 2),
+    "conv.bias": (2,),
+    "grouped.weight": (4, 1, 1, 2),
+    "head.weight": (1, 2),
+    "tied.weight": (1, 2),
+    "kfac.weight": (2, 2),
+    "kfac.bias": (3,),
+    "embedding.weight": (3, 2),
+    "wide.weight": (1, 4),
+    "whole.weight": (2, 3),
+    "whole.bias": (1,),
+}
 
 
 def golden_layers() -> list[LayerCurvature]:
     """Numbers that float32 holds exactly, so that both codecs bring them back."""
     factor = torch.tensor([[2.0, 0.5, -1.0], [0.5, 4.0, 0.25], [-1.0, 0.25, 1.0]], dtype=torch.float64)
     hessian = torch.tensor([[3.0, -0.125], [-0.125, 5.0]], dtype=torch.float64)
+    rows = torch.tensor([[0.5], [0.0], [0.25]], dtype=torch.float64)
+    basis = torch.tensor([[1.0], [-0.5], [0.25], [2.0]], dtype=torch.float64)
     return [
         LayerCurvature(Block("conv", ("conv.weight", "conv.bias")), KroneckerRight(factor), 0.1),
-        LayerCurvature(Block("head", ("head.weight",)), Dense(hessian), 1e-12),
+        LayerCurvature(
+            Block("grouped", ("grouped.weight",)), KroneckerRight(torch.stack([hessian, 2 * hessian])), 0.5
+        ),
+        LayerCurvature(Block("head", ("head.weight",), (("tied.weight", "head.weight"),)), Dense(hessian), 1e-12),
+        LayerCurvature(Block("kfac", ("kfac.weight",)), Kronecker(hessian, 3 * hessian), 0.0),
+        LayerCurvature(Block("embedding", ("embedding.weight",)), Diagonal(rows), 1.0),
+        LayerCurvature(Block("wide", ("wide.weight",)), LowRank(basis[:, 0].square() + 1, basis), 2.0),
+        LayerCurvature(
+            Block("whole", ("whole.weight", "whole.bias")), Dense(torch.diag(torch.arange(1.0, 8.0).double())), 0.0
+        ),
     ]
 
 
-def matrix(curvature: Curvature) -> torch.Tensor:
-    assert isinstance(curvature, Dense | KroneckerRight)
-    return curvature.matrix if isinstance(curvature, Dense) else curvature.factor
+def test_every_kind_that_travels_is_in_the_golden_payload() -> None:
+    assert {layer.curvature.kind for layer in golden_layers()} == set(KINDS) - {Identity.kind}
+
+
+def parts(layer: LayerCurvature) -> dict[str, torch.Tensor]:
+    return {name: part.double() for name, part in layer.curvature.parts().items()}
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -39,7 +75,10 @@ def test_golden_payload(codec: str) -> None:
     for found, expected in zip(decode(stored, SHAPES), golden_layers(), strict=True):
         assert (found.block, found.damping) == (expected.block, expected.damping)
         assert type(found.curvature) is type(expected.curvature)
-        assert torch.equal(matrix(found.curvature).double(), matrix(expected.curvature))
+        assert found.curvature.kind == expected.curvature.kind
+        assert {k: v.tolist() for k, v in parts(found).items()} == {
+            k: v.tolist() for k, v in parts(expected).items()
+        }
 
 
 @pytest.mark.parametrize(
@@ -52,7 +91,8 @@ def test_round_trip(codec: str, dtype: torch.dtype, side: int, seed: int, dampin
     block = Block("l", ("w",))
     data = encode([LayerCurvature(block, KroneckerRight(x.T @ x), damping)], codec)
     (found,) = decode(data, {"w": (3, side)})
-    assert torch.equal(matrix(found.curvature), torch.tril(x.T @ x) + torch.tril(x.T @ x, -1).T)
+    assert isinstance(found.curvature, KroneckerRight)
+    assert torch.equal(found.curvature.factor, torch.tril(x.T @ x) + torch.tril(x.T @ x, -1).T)
     assert found.damping == damping
     assert found.block == block
 
@@ -64,6 +104,15 @@ def test_nothing_to_send_is_a_payload_too() -> None:
 def test_the_identity_does_not_travel() -> None:
     with pytest.raises(ValueError, match="layer 'l': curvature of kind 'identity' does not travel"):
         encode([LayerCurvature(Block("l", ("w",)), Identity(), 0.0)], "triangle-float32")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [Kronecker(torch.eye(2), torch.eye(2)).damped(1.0), Kronecker(torch.eye(2), torch.eye(2)).scaled(2.0)],
+)
+def test_a_damped_or_weighted_product_does_not_travel_since_only_its_factors_would(changed: Kronecker) -> None:
+    with pytest.raises(ValueError, match="layer 'l': curvature of kind 'kronecker' does not travel"):
+        encode([LayerCurvature(Block("l", ("w",)), changed, 0.0)], "triangle-float32")
 
 
 def test_an_unknown_codec_is_named() -> None:
@@ -83,13 +132,14 @@ def payload(version: object = FORMAT_VERSION, tensor: torch.Tensor | None = None
     entry = {
         "name": "head",
         "parameters": ["head.weight"],
+        "copies": {},
         "kind": "kronecker-right",
         "codec": "triangle-float32",
-        "side": 2,
+        "shapes": {"factor": [2, 2]},
         "damping": 1.0,
     } | changes
     document = json.dumps({"version": version, "layers": [entry]})
-    return save({"0.triangle": torch.ones(3) if tensor is None else tensor}, {"fedpm": document})
+    return save({"0.factor.triangle": torch.ones(3) if tensor is None else tensor}, {"fedpm": document})
 
 
 def test_the_payload_that_the_lies_are_made_of_is_read() -> None:
@@ -114,24 +164,53 @@ def test_the_payload_that_the_lies_are_made_of_is_read() -> None:
         (payload(version=True), "format version True"),
         (payload(version=1.0), "format version 1.0"),
         (payload(name=3), "a layer's entry must have"),
-        (payload(side=True), "a layer's entry must have"),
-        (payload(kind="nonsense"), "layer 'head': unknown kind 'nonsense'; allowed: kronecker-right, dense"),
+        (payload(shapes=True), "a layer's entry must have"),
+        (payload(shapes={}), "has a shape for each of factor; got {}"),
+        (payload(shapes={"factor": [2, 2], "more": [1]}), "has a shape for each of factor"),
+        (payload(shapes={"factor": 2}), "has a shape for each of factor"),
+        (payload(shapes={"factor": [2, True]}), "has a shape for each of factor"),
+        (payload(shapes={"factor": [2, 2.0]}), "has a shape for each of factor"),
+        (payload(shapes={"factor": []}), r"shapes {'factor': \[\]} do not fit"),
+        (payload(shapes={"factor": [2]}), r"do not fit its parameters, a matrix of 1 x 2"),
+        (payload(shapes={"factor": [2, 2, 2]}), "do not fit its parameters, a matrix of 1 x 2"),
+        (payload(shapes={"factor": [1, 1, 2, 2]}), "do not fit its parameters, a matrix of 1 x 2"),
+        (payload(kind="kronecker"), "has a shape for each of left, right"),
+        (payload(kind="kronecker", shapes={"left": [1], "right": [2]}), "do not fit"),
+        (payload(kind="kronecker", shapes={"left": [1, 1, 1], "right": [2, 2]}), "do not fit"),
+        (payload(kind="kronecker", shapes={"left": [1, 1], "right": [3, 3]}), "do not fit"),
+        (payload(kind="diagonal", shapes={"values": [2, 1]}), "do not fit"),
+        (payload(kind="diagonal", shapes={"values": [2]}), "do not fit"),
+        (payload(kind="low-rank", shapes={"floor": [2], "basis": [2, 3]}), "do not fit"),
+        (payload(kind="low-rank", shapes={"floor": [1], "basis": [2, 1]}), "do not fit"),
+        (payload(kind="dense", shapes={"matrix": [2]}), "do not fit"),
+        (
+            payload(kind="nonsense"),
+            "layer 'head': unknown kind 'nonsense'; allowed: diagonal, dense, kronecker-right",
+        ),
         (payload(codec="zip"), "layer 'head': unknown codec 'zip'; allowed: triangle-float32"),
         (payload(damping=-1.0), "layer 'head': damping -1.0"),
         (payload(damping=float("nan")), "layer 'head': damping nan"),
         (payload(damping=float("inf")), "layer 'head': damping inf"),
         (payload(damping=10**400), "layer 'head': damping inf"),
         (payload(parameters=[]), "layer 'head': no parameters"),
+        (payload(copies={"no.weight": "head.weight"}), "'no.weight' is no copy of 'head.weight'"),
+        (payload(copies={"tied.weight": "conv.weight"}), "'tied.weight' is no copy of 'conv.weight'"),
+        (payload(copies={"tied.weight": ["head.weight"]}), "'tied.weight' is no copy of"),
+        (payload(copies={"kfac.weight": "head.weight"}), "'kfac.weight' is no copy of 'head.weight'"),
+        (payload(copies={"head.weight": "head.weight"}), "parameter 'head.weight' has a curvature already"),
         (payload(parameters=["no.weight"]), "layer 'head': unknown parameter 'no.weight'"),
         (payload(parameters=[["head.weight"]]), "layer 'head': unknown parameter"),
         (payload(parameters=["head.weight"] * 2), "parameter 'head.weight' has a curvature already"),
-        (payload(parameters=["head.weight", "conv.bias"]), "different first dimensions"),
-        (payload(side=1 << 40), "layer 'head': side 1099511627776, but its parameters need 2"),
-        (payload(side=-2), "layer 'head': side -2"),
-        (payload(parameters=["conv.weight", "conv.bias"], kind="dense"), "its parameters need 6"),
-        (payload(tensor=torch.ones(4)), r"tensor '0.triangle' must be F32 \[3\]"),
-        (payload(tensor=torch.ones(3, 1)), r"tensor '0.triangle' must be F32 \[3\]"),
-        (payload(tensor=torch.ones(3, dtype=torch.float64)), r"tensor '0.triangle' must be F32 \[3\]; got .*F64"),
+        (payload(parameters=["head.weight", "conv.bias"]), "a matrix of 1 x 4"),
+        (payload(shapes={"factor": [1 << 40, 1 << 40]}), "layer 'head': shapes .* do not fit"),
+        (payload(shapes={"factor": [-2, -2]}), "has a shape for each of factor"),
+        (payload(parameters=["conv.weight", "conv.bias"]), "do not fit its parameters, a matrix of 2 x 3"),
+        (payload(tensor=torch.ones(4)), r"tensor '0.factor.triangle' must be F32 \[3\]"),
+        (payload(tensor=torch.ones(3, 1)), r"tensor '0.factor.triangle' must be F32 \[3\]"),
+        (
+            payload(tensor=torch.ones(3, dtype=torch.float64)),
+            r"tensor '0.factor.triangle' must be F32 \[3\]; got .*F64",
+        ),
         (payload(tensor=torch.tensor([1.0, torch.nan, 1.0])), "layer 'head': the curvature is not finite"),
         (payload(tensor=torch.tensor([1.0, 0.0, -1.0])), "layer 'head': the curvature has a negative number"),
     ],
@@ -175,7 +254,7 @@ def test_a_tensor_that_lies_about_itself(field: str, lie: object) -> None:
     honest = payload()
     length = int.from_bytes(honest[:8], "little")
     header = json.loads(honest[8 : 8 + length])
-    header["0.triangle"][field] = lie
+    header["0.factor.triangle"][field] = lie
     with pytest.raises(PayloadError):
         decode(with_header(header, honest[8 + length :]), SHAPES)
 
@@ -198,5 +277,5 @@ def test_damaged_bytes_raise_the_one_error_or_are_valid(data: st.DataObject) -> 
     except PayloadError:
         return
     for layer in layers:
-        assert torch.isfinite(matrix(layer.curvature)).all()
+        assert all(torch.isfinite(part).all() for part in parts(layer).values())
         assert set(layer.block.parameters) <= set(SHAPES)

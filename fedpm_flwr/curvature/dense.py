@@ -1,12 +1,20 @@
 """P as a full matrix: the exact Hessian of a small model."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from .base import Curvature, CurvatureError, check_positive_definite, check_square, cholesky_solve
+from .base import Curvature, CurvatureError
 from .identity import Identity
+from .linalg import (
+    add_to_diagonal,
+    check_positive_definite,
+    check_square,
+    cholesky_inverse,
+    cholesky_solve,
+    promoted,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,27 +22,35 @@ class Dense(Curvature):
     """P = H, symmetric [n, n], on vec(Δ): Δ's rows one after another, n = rows · columns."""
 
     kind = "dense"
+    symmetric = frozenset({"matrix"})
     matrix: Tensor
 
     def __post_init__(self) -> None:
-        check_square(self.matrix, "a dense curvature")
+        check_square(self.matrix, "a dense curvature", stacks=False)
 
     def matmul(self, delta: Tensor) -> Tensor:
-        return (self.matrix @ self._vector(delta)).reshape(delta.shape)
+        vector, matrix, dtype = promoted(self._vector(delta), self.matrix)
+        return (matrix @ vector).reshape(delta.shape).to(dtype)
 
     def solve(self, rhs: Tensor) -> Tensor:
         return cholesky_solve(self.matrix, self._vector(rhs)[:, None]).reshape(rhs.shape)
 
+    def inverse(self) -> "Dense":
+        return Dense(cholesky_inverse(self.matrix))
+
     def damped(self, damping: float) -> "Dense":
-        return Dense(self.matrix + damping * torch.eye(len(self.matrix)).to(self.matrix))
+        return Dense(add_to_diagonal(self.matrix, damping))
 
     def scaled(self, factor: float) -> "Dense":
         return Dense(self.matrix * factor)
 
-    def plus(self, other: Curvature) -> "Dense":
+    def plus_closed(self, other: Curvature) -> Curvature:
         if isinstance(other, Identity):
             return self.damped(other.scale)
         return Dense(self.matrix + other.to_dense(len(self.matrix)).to(self.matrix))
+
+    def diagonal(self, rows: int, columns: int) -> Tensor:
+        return self.matrix.diagonal().reshape(rows, columns)
 
     def to_dense(self, size: int) -> Tensor:
         if size != len(self.matrix):
@@ -44,8 +60,9 @@ class Dense(Curvature):
     def check_positive_definite(self) -> None:
         check_positive_definite(self.matrix)
 
-    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "Dense":
-        return Dense(self.matrix.to(dtype=dtype, device=device))
+    @classmethod
+    def fits(cls, shapes: Mapping[str, Sequence[int]], rows: int, columns: int) -> bool:
+        return list(shapes["matrix"]) == [rows * columns] * 2
 
     def _vector(self, delta: Tensor) -> Tensor:
         if delta.numel() != len(self.matrix):

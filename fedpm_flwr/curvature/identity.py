@@ -1,5 +1,6 @@
 """P = c·I: the layer is averaged."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from .base import Curvature, CurvatureError
 
 @dataclass(frozen=True)
 class Identity(Curvature):
-    """P = c·I, for a parameter without curvature of its own."""
+    """P = c·I, for a parameter without curvature of its own. It does not travel: it is what absence means."""
 
     kind = "identity"
     scale: float = 1.0
@@ -22,14 +23,21 @@ class Identity(Curvature):
         self.check_positive_definite()
         return rhs / self.scale
 
+    def inverse(self) -> "Identity":
+        self.check_positive_definite()
+        return Identity(1 / self.scale)
+
     def damped(self, damping: float) -> "Identity":
         return Identity(self.scale + damping)
 
     def scaled(self, factor: float) -> "Identity":
         return Identity(self.scale * factor)
 
-    def plus(self, other: Curvature) -> Curvature:
+    def plus_closed(self, other: Curvature) -> Curvature:
         return other.damped(self.scale)
+
+    def diagonal(self, rows: int, columns: int) -> Tensor:
+        return torch.full((rows, columns), self.scale, dtype=torch.float64)
 
     def to_dense(self, size: int) -> Tensor:
         return self.scale * torch.eye(size, dtype=torch.float64)
@@ -38,5 +46,6 @@ class Identity(Curvature):
         if not self.scale > 0:
             raise CurvatureError(f"{self.scale} times the identity is not positive definite")
 
-    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "Identity":
-        return self
+    @classmethod
+    def fits(cls, shapes: Mapping[str, Sequence[int]], rows: int, columns: int) -> bool:
+        return not shapes

@@ -1,64 +1,156 @@
-"""P = A ⊗ I, a Kronecker right factor: FOOF."""
+"""P = w·(G ⊗ A) + s·I, a Kronecker product of two factors: K-FAC."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .base import Curvature, CurvatureError, check_positive_definite, check_square, cholesky_solve
+from .base import Curvature, CurvatureError, Operator
 from .dense import Dense
 from .identity import Identity
+from .linalg import (
+    MARGIN,
+    add_to_diagonal,
+    block_diagonal,
+    check_square,
+    check_trace,
+    cholesky,
+    eigh,
+    grouped,
+    promoted,
+)
 
 
 @dataclass(frozen=True, eq=False)
-class KroneckerRight(Curvature):
-    """P·Δ = ΔA with A symmetric [columns, columns], the same for every row of Δ (Benzing 2022).
+class Kronecker(Curvature):
+    """P·Δ = w·GΔA + s·Δ with G symmetric [rows, rows] and A symmetric [columns, columns].
 
-    With A = E[x xᵀ] of the layer's inputs this is FOOF; A's unit is a squared activation.
+    With A = E[x xᵀ] of the layer's inputs and G the second moment of the loss's gradient by its
+    outputs this is K-FAC (Martens and Grosse 2015). A stack of G [groups, rows / groups, …] and of A
+    [groups, columns, columns] acts on groups of rows. Damping is exact, P + λI, by the factors'
+    eigenvalues; so the server mixes by the very P that a client stepped with.
+
+    A sum of two has no such form: it is a ``Sum``. ``mean_factors`` is the approximation to it.
     """
 
-    kind = "kronecker-right"
-    factor: Tensor
+    kind = "kronecker"
+    symmetric = frozenset({"left", "right"})
+    left: Tensor
+    right: Tensor
+    weight: float = 1.0
+    shift: float = 0.0
 
     def __post_init__(self) -> None:
-        check_square(self.factor, "a Kronecker factor")
+        check_square(self.left, "a left Kronecker factor")
+        check_square(self.right, "a right Kronecker factor")
+        if self.left.shape[:-2] != self.right.shape[:-2]:
+            raise CurvatureError(
+                f"Kronecker factors of different groups: {list(self.left.shape)} and {list(self.right.shape)}"
+            )
 
     def matmul(self, delta: Tensor) -> Tensor:
-        self._check_columns(delta)
-        return delta @ self.factor
+        self._check(delta)
+        delta, left, dtype = promoted(delta, self.left)
+        product = left @ grouped(delta, left) @ self.right.to(left)
+        return (self.weight * product.reshape(delta.shape) + self.shift * delta).to(dtype)
 
     def solve(self, rhs: Tensor) -> Tensor:
-        self._check_columns(rhs)
-        return cholesky_solve(self.factor, rhs.T).T
+        self._check(rhs)
+        return self.inverse().matmul(rhs)
 
-    def damped(self, damping: float) -> "KroneckerRight":
-        return KroneckerRight(self.factor + damping * torch.eye(len(self.factor)).to(self.factor))
+    def inverse(self) -> "KroneckerBasis":
+        (left, left_basis), (right, right_basis) = eigh(self.left), eigh(self.right)
+        values = self.weight * left[..., :, None] * right[..., None, :] + self.shift
+        least = torch.finfo(values.dtype).eps * max(values.shape[-2:]) * values.abs().amax()
+        if not (values.amin() > least and torch.isfinite(values).all()):
+            raise CurvatureError(
+                f"a Kronecker product of sides {values.shape[-2]} and {values.shape[-1]} is not positive definite"
+            )
+        return KroneckerBasis(left_basis, right_basis, 1 / values)
 
-    def scaled(self, factor: float) -> "KroneckerRight":
-        return KroneckerRight(self.factor * factor)
+    def damped(self, damping: float) -> "Kronecker":
+        return replace(self, shift=self.shift + damping)
 
-    def plus(self, other: Curvature) -> Curvature:
-        if isinstance(other, KroneckerRight):
-            self._check_columns(other.factor)
-            return KroneckerRight(self.factor + other.factor)
-        if isinstance(other, Identity):
-            return self.damped(other.scale)
-        if isinstance(other, Dense):
-            return other.plus(self)
-        raise CurvatureError(f"no sum of {self.kind} and {other.kind} is known")
+    def scaled(self, factor: float) -> "Kronecker":
+        return replace(self, weight=self.weight * factor, shift=self.shift * factor)
+
+    def plus_closed(self, other: Curvature) -> Curvature | None:
+        match other:
+            case Identity(scale=scale):
+                return self.damped(scale)
+            case Dense():
+                return other.plus_closed(self)
+        return None
+
+    def diagonal(self, rows: int, columns: int) -> Tensor:
+        left, right = (m.diagonal(dim1=-2, dim2=-1) for m in (self.left, self.right))
+        product = (left[..., :, None] * right[..., None, :]).reshape(rows, columns)
+        return self.weight * product + self.shift
 
     def to_dense(self, size: int) -> Tensor:
-        rows, rest = divmod(size, len(self.factor))
-        if rest:
-            raise CurvatureError(f"a Kronecker factor of side {len(self.factor)} has no form of side {size}")
-        return torch.kron(torch.eye(rows).to(self.factor), self.factor)
+        lefts, rights = (
+            self.left.reshape(-1, *self.left.shape[-2:]),
+            self.right.reshape(-1, *self.right.shape[-2:]),
+        )
+        if size != len(lefts) * lefts.shape[-1] * rights.shape[-1]:
+            raise CurvatureError(f"{self._describe()} has no form of side {size}")
+        blocks = [torch.kron(left, right) for left, right in zip(lefts, rights, strict=True)]
+        return add_to_diagonal(self.weight * block_diagonal(blocks), self.shift)
 
     def check_positive_definite(self) -> None:
-        check_positive_definite(self.factor)
+        """Sufficient, not necessary, and without eigenvalues: by Cholesky factorisations of G and A.
 
-    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "KroneckerRight":
-        return KroneckerRight(self.factor.to(dtype=dtype, device=device))
+        Either both are positive semidefinite up to rounding and the damping is above the margin,
+        or both are positive definite by the margin's root.
+        """
+        left, right = check_trace(self.left), check_trace(self.right)
+        margin = MARGIN * torch.finfo(self.left.dtype).eps
+        enough = self.shift > 4 * margin * self.weight * float((left * right).max())
+        for factor, trace in ((self.left, left), (self.right, right)):
+            shift = margin if enough else -(margin**0.5)
+            cholesky(factor + (shift * trace)[..., None, None] * torch.eye(factor.shape[-1]).to(factor))
 
-    def _check_columns(self, matrix: Tensor) -> None:
-        if matrix.ndim != 2 or matrix.shape[1] != len(self.factor):
-            raise CurvatureError(f"{list(matrix.shape)} met a Kronecker factor of side {len(self.factor)}")
+    @classmethod
+    def fits(cls, shapes: Mapping[str, Sequence[int]], rows: int, columns: int) -> bool:
+        left, right = list(shapes["left"]), list(shapes["right"])
+        groups = left[0] if len(left) == 3 else 1
+        head = left[:-2]
+        return (
+            len(head) < 2
+            and rows % groups == 0
+            and left == [*head, rows // groups, rows // groups]
+            and right == [*head, columns, columns]
+        )
+
+    def _check(self, delta: Tensor) -> None:
+        groups = len(self.left) if self.left.ndim == 3 else 1
+        if delta.ndim != 2 or tuple(delta.shape) != (groups * self.left.shape[-1], self.right.shape[-1]):
+            raise CurvatureError(f"{list(delta.shape)} met {self._describe()}")
+
+    def _describe(self) -> str:
+        return f"a Kronecker product of {list(self.left.shape)} and {list(self.right.shape)}"
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerBasis(Operator):
+    """P⁻¹·Δ = Q (h ⊙ (QᵀΔV)) Vᵀ: diagonal in the basis of G's and A's eigenvectors Q and V."""
+
+    kind = "kronecker-basis"
+    left: Tensor
+    right: Tensor
+    values: Tensor
+
+    def matmul(self, delta: Tensor) -> Tensor:
+        delta, left, dtype = promoted(delta, self.left)
+        right = self.right.to(left)
+        turned = left.mT @ grouped(delta, left) @ right
+        return (left @ (self.values.to(left) * turned) @ right.mT).reshape(delta.shape).to(dtype)
+
+
+def mean_factors(first: Kronecker, second: Kronecker) -> Kronecker:
+    """The factored approximation to P + Q: w·(Ḡ ⊗ Ā) with the weighted mean of either factor. Exact if P = Q."""
+    weight = first.weight + second.weight
+    left = (first.weight * first.left + second.weight * second.left) / weight
+    right = (first.weight * first.right + second.weight * second.right) / weight
+    return Kronecker(left, right, weight, first.shift + second.shift)

@@ -1,5 +1,6 @@
 """A layer's parameters, seen as the one matrix that its curvature acts on."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,11 +14,13 @@ from .base import Curvature
 class Block:
     """A layer: the keys of its parameters, in the order of their columns in Δ, and a name for messages.
 
-    Blocks of the same parameters are equal, whatever their names.
+    A tied parameter has several keys in a model's state; ``copies`` are pairs of a further key and
+    the one in ``parameters`` that it always equals. Blocks of the same keys are equal, whatever their names.
     """
 
     name: str = field(compare=False)
     parameters: tuple[str, ...]
+    copies: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,28 +32,37 @@ class LayerCurvature:
     damping: float
 
 
+def matrix_shape(shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Rows and columns of a layer's Δ, from the shapes of its parameters.
+
+    Parameters that share their first dimension stand side by side: [out, …], [out], … -> [out,
+    columns]. Others, as those of a whole model, make one row.
+
+    >>> matrix_shape([(3, 2), (3,)]), matrix_shape([(3, 2), (4,)])
+    ((3, 3), (1, 10))
+    """
+    rows = {shape[0] if len(shape) else 1 for shape in shapes}
+    size = sum(math.prod(shape) for shape in shapes)
+    if len(rows) == 1 and (number := rows.pop()):
+        return number, size // number
+    return 1, size
+
+
 def to_matrix(tensors: Sequence[Tensor]) -> Tensor:
-    """Put a layer's parameters side by side: [out, …], [out], … -> [out, columns].
+    """A layer's parameters as its Δ [rows, columns], of which ``matrix_shape`` tells the shape.
 
     A weight [out, in] with its bias [out] becomes [out, in + 1], the bias last.
 
     >>> to_matrix([torch.tensor([[1.0, 2.0]]), torch.tensor([3.0])])
     tensor([[1., 2., 3.]])
     """
-    parts = [tensor.reshape(_rows(tensor), _columns(tensor)) for tensor in tensors]
+    rows, _ = matrix_shape([tensor.shape for tensor in tensors])
+    parts = [tensor.reshape(rows, -1) for tensor in tensors]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def from_matrix(matrix: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """Undo ``to_matrix``: the columns of the matrix as tensors of these shapes."""
-    widths = [_columns(torch.empty(shape, device="meta")) for shape in shapes]
+    widths = [math.prod(shape) // len(matrix) for shape in shapes]
     parts = torch.split(matrix, widths, dim=1)
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _rows(tensor: Tensor) -> int:
-    return tensor.shape[0] if tensor.ndim else 1
-
-
-def _columns(tensor: Tensor) -> int:
-    return tensor.numel() // max(_rows(tensor), 1)

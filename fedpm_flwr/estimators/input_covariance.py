@@ -1,35 +1,43 @@
 """FOOF's statistic: the uncentred second moment of a layer's inputs (Benzing 2022)."""
 
 import warnings
-import weakref
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from ..curvature import Block
+from ..curvature import Block, Curvature, Diagonal, KroneckerRight
+from .hooks import Handles, Hook, unwrapped
+from .layers import Layer, find_layers, inputs_of, rows_of
 
 
 @dataclass
-class _Watched:
-    """A layer under observation: Σ x xᵀ and the number of x in it."""
+class _Moments:
+    """Of one layer: Σ x xᵀ of each of its inputs and the number of x in it; whether all its inputs were one."""
 
-    block: Block
-    has_bias: bool
-    total: Tensor | None = None
-    count: int = 0
+    layer: Layer
+    totals: list[Tensor] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    alike: bool = True
 
 
 class InputCovariance:
-    """Measures A = E[x xᵀ] for the Linear and Conv2d layers of a model while it trains.
+    """Measures A = E[x xᵀ] for the layers of a model while it trains.
 
     x is the layer's input with a one appended where the layer has a trainable bias; for a
     convolution, x is an unfolded patch. The mean is over the batch and all positions, so A's side
     is in(+1), or in · kernel height · kernel width (+1). A is float32, float64 where x is.
+
+    | layer | P |
+    | --- | --- |
+    | Linear, Conv1d, Conv2d, Conv3d | ``KroneckerRight(A)`` |
+    | the same with groups | ``KroneckerRight``, a matrix for each group |
+    | Embedding, whose inputs are one-hot | ``Diagonal``: how often each row is looked up |
+    | MultiheadAttention, its packed projection | ``KroneckerRight``, of query, key, value each or of all |
+
+    Tied layers, and modules that are called several times, count all their inputs.
 
     Only forwards in training mode with gradients enabled count: not those under ``no_grad``, not
     those in evaluation mode, and not recomputation by checkpointing during the backward pass. (So a
@@ -38,13 +46,15 @@ class InputCovariance:
 
     ``recording`` holds the layers to measure; the rest pass at no cost. At first it is all of them.
 
-    Layers that it cannot measure, and parameters that modules share, are named in one warning;
-    their parameters belong to no block.
+    Layers that it cannot measure are named in one warning; their parameters belong to no block.
 
     Args:
         model: hooks are put on its layers until ``detach`` is called.
         max_side: layers with more inputs than this are left out.
         parameters: those to measure curvature for; by default all of the model's. Frozen ones never are.
+        position_stride: s: only every s-th position of a sequence, and of an image in each
+            direction, is measured, from a place that moves on with each measurement.
+        only: the types of layers to measure; by default all that it can.
         stacklevel: how many calls up the warning points.
     """
 
@@ -53,140 +63,83 @@ class InputCovariance:
         model: nn.Module,
         max_side: int = 8192,
         parameters: Iterable[nn.Parameter] | None = None,
+        position_stride: int = 1,
+        only: Collection[type[nn.Module]] | None = None,
         stacklevel: int = 2,
     ) -> None:
+        model = unwrapped(model)
         chosen = {p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad}
-        self._watched: list[_Watched] = []
-        self._handles: list[RemovableHandle] = []
-        self._finalizer = weakref.finalize(self, _remove, self._handles)
-        self._left_out: list[str] = []
-        shared = _shared_parameters(model)
-        for name, module in model.named_modules():
-            self._watch(name, module, chosen, shared, max_side)
+        layers, left_out = find_layers(model, chosen, max_side)
+        if only is not None:
+            other = [layer for layer in layers if type(layer.modules[0]) not in only]
+            left_out += [f"{layer.block.name} ({type(layer.modules[0]).__name__})" for layer in other]
+            layers = [layer for layer in layers if layer not in other]
+        self.layers = layers
         self.recording: Collection[Block] = self.blocks
-        if self._left_out:
-            warnings.warn(
-                f"no curvature for {', '.join(self._left_out)}: averaged instead of mixed", stacklevel=stacklevel
-            )
+        self._moments = {layer.block: _Moments(layer) for layer in layers}
+        self._stride, self._measured = position_stride, 0
+        self._handles = Handles(self)
+        for layer in layers:
+            for module in layer.modules:
+                hook = Hook(self, "_record", layer)
+                self._handles.add(module.register_forward_pre_hook(hook, with_kwargs=True))
+        if left_out:
+            names = ", ".join(left_out)
+            warnings.warn(f"no curvature for {names}: averaged instead of mixed", stacklevel=stacklevel)
 
     @property
     def blocks(self) -> list[Block]:
         """The measured layers, in the model's order."""
-        return [watched.block for watched in self._watched]
+        return [layer.block for layer in self.layers]
 
-    def collect(self) -> dict[Block, Tensor]:
-        """A of each layer over all inputs seen since the last call; layers that saw none are left out."""
-        moments = {}
-        for watched in self._watched:
-            if watched.total is not None and watched.count:
-                moments[watched.block] = watched.total / watched.count
-            watched.total, watched.count = None, 0
-        return moments
+    def collect(self) -> dict[Block, Curvature]:
+        """P of each layer over all inputs seen since the last call; layers that saw none are left out."""
+        found = {block: _curvature(moments) for block, moments in self._moments.items() if any(moments.counts)}
+        self._moments = {layer.block: _Moments(layer) for layer in self.layers}
+        self._measured += 1
+        return found
 
     def detach(self) -> None:
         """Take the hooks off the model, as also happens when the estimator is no longer used."""
-        self._finalizer()
+        self._handles.remove()
 
-    def _watch(
-        self, name: str, module: nn.Module, chosen: set[nn.Parameter], shared: set[nn.Parameter], max_side: int
+    @torch.no_grad()
+    def _record(
+        self, layer: Layer, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
     ) -> None:
-        own = {key: p for key, p in module.named_parameters(recurse=False) if p in chosen}
-        if not own:
+        if layer.block not in self.recording:
             return
-        reason = _why_not(module, own, shared, max_side)
-        if reason:
-            self._left_out.append(f"{name or type(module).__name__} ({reason})")
+        moments = self._moments[layer.block]
+        inputs = list(inputs_of(module, args, kwargs))
+        alike = all(x is inputs[0] for x in inputs)
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            sums = [self._sum(layer, module, x) for x in (inputs[:1] if alike else inputs)]
+        sums = sums * len(inputs) if alike else sums
+        moments.alike = moments.alike and alike
+        if not moments.totals:
+            moments.totals, moments.counts = [total for total, _ in sums], [count for _, count in sums]
             return
-        prefix = f"{name}." if name else ""
-        block = Block(name, tuple(prefix + key for key in ("weight", "bias") if key in own))
-        self._watched.append(_Watched(block, "bias" in own))
-        hook = _Hook(self, self._watched[-1])
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        moments.totals = [old + new for old, (new, _) in zip(moments.totals, sums, strict=True)]
+        moments.counts = [old + new for old, (_, new) in zip(moments.counts, sums, strict=True)]
 
-
-class _Hook:
-    """Sums up a layer's inputs. It holds nothing alive, and does nothing on a copy of the model."""
-
-    def __init__(self, estimator: InputCovariance, watched: _Watched) -> None:
-        self._estimator = weakref.ref(estimator)
-        self._watched = watched
-
-    def __reduce__(self) -> tuple[Callable[[], "_Idle"], tuple[()]]:
-        return _Idle, ()  # what a copied or saved model gets instead
-
-    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        estimator = self._estimator()
-        if (
-            estimator is not None
-            and self._watched.block in estimator.recording
-            and layer.training
-            and torch.is_grad_enabled()
-            and not _in_backward()
-        ):
-            _record(self._watched, layer, args[0] if args else kwargs["input"])
-
-
-class _Idle:
-    """A hook that does nothing."""
-
-    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        return None
-
-
-@torch.no_grad()
-def _record(watched: _Watched, layer: nn.Module, inputs: Tensor) -> None:
-    with torch.autocast(inputs.device.type, enabled=False):
-        x = inputs.detach()
+    def _sum(self, layer: Layer, module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+        """Σ x xᵀ of one input, [n, n] or [groups, n, n]; of an embedding how often each row is in it."""
+        if isinstance(module, nn.Embedding):
+            dtype = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
+            ones = torch.ones(x.numel(), dtype=dtype, device=x.device)
+            return ones.new_zeros(module.num_embeddings).index_add_(0, x.flatten(), ones), x.numel()
+        x = rows_of(module, x.detach(), self._stride, self._measured)
         x = x if x.dtype == torch.float64 else x.float()
-        x = unfold(layer, x) if isinstance(layer, nn.Conv2d) else x.reshape(-1, x.shape[-1])
-        gram = x.T @ x
-        if watched.has_bias:  # as if x had a one appended, without copying it
+        gram = x.mT @ x
+        if layer.has_bias:  # as if x had a one appended, without copying it
             gram = F.pad(gram, (0, 1, 0, 1))
-            gram[-1, :-1] = gram[:-1, -1] = x.sum(dim=0)
-            gram[-1, -1] = len(x)
-        watched.total = gram if watched.total is None else watched.total + gram
-        watched.count += len(x)
+            gram[..., -1, :-1] = gram[..., :-1, -1] = x.sum(dim=-2)
+            gram[..., -1, -1] = x.shape[-2]
+        return gram, x.shape[-2]
 
 
-def unfold(layer: nn.Conv2d, images: Tensor) -> Tensor:
-    """The patches that a convolution sees, [batch · positions, channels · kernel height · kernel width].
-
-    Columns are in the order of ``layer.weight.flatten(1)``. Images are [batch, channels, height,
-    width] or [channels, height, width].
-    """
-    images = images if images.ndim == 4 else images.unsqueeze(0)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    # The paddings of the last dimension first, both sides, with padding="same" worked out.
-    padded = F.pad(images, layer._reversed_padding_repeated_twice, mode=mode)
-    patches = F.unfold(padded, layer.kernel_size, layer.dilation, stride=layer.stride)
-    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
-
-
-def _why_not(module: nn.Module, own: dict[str, nn.Parameter], shared: set[nn.Parameter], max_side: int) -> str:
-    """Why a module with these trainable parameters gets no curvature; empty if it does."""
-    if type(module) not in (nn.Linear, nn.Conv2d):
-        return type(module).__name__
-    if isinstance(module, nn.Conv2d) and module.groups > 1:
-        return "grouped convolution"
-    if any(p in shared for p in own.values()):
-        return "shared parameter"
-    if "weight" not in own:
-        return "frozen weight"
-    side = own["weight"][0].numel() + ("bias" in own)
-    return f"{side} inputs, more than {max_side}" if side > max_side else ""
-
-
-def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters that go by more than one name, since modules share them or are shared themselves."""
-    names = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
-    return {p for p, count in names.items() if count > 1}
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread, as when a checkpoint recomputes."""
-    return torch._C._current_graph_task_id() != -1
+def _curvature(moments: _Moments) -> Curvature:
+    means = [total / max(count, 1) for total, count in zip(moments.totals, moments.counts, strict=True)]
+    if means[0].ndim == 1:
+        return Diagonal(means[0][:, None])
+    return KroneckerRight(means[0] if moments.alike else torch.stack(means))

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..curvature import Block, Dense, KroneckerRight, LayerCurvature
-from .codecs import CODECS, get_codec
+from ..curvature import KINDS, Block, Curvature, Identity, LayerCurvature, matrix_shape
+from .codecs import CODECS, get_codec, layout, pack, unpack
 
 FORMAT_VERSION = 1
 METADATA_KEY = "fedpm"
@@ -23,13 +23,14 @@ _MAX_QUOTE = 100
 """Longest part of a stranger's bytes that an error message repeats."""
 _METADATA = "__metadata__"
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
-_KINDS: dict[str, Any] = {KroneckerRight.kind: KroneckerRight, Dense.kind: Dense}
+_KINDS = {name: kind for name, kind in KINDS.items() if kind is not Identity}
 _FIELDS: dict[str, tuple[type, ...]] = {
     "name": (str,),
     "parameters": (list,),
+    "copies": (dict,),
     "kind": (str,),
     "codec": (str,),
-    "side": (int,),
+    "shapes": (dict,),
     "damping": (float, int),
 }
 
@@ -49,20 +50,21 @@ def encode(layers: Iterable[LayerCurvature], codec: str) -> bytes:
     table: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for index, layer in enumerate(layers):
-        matrix = _matrix(layer)
+        _check_travels(layer)
         if not (math.isfinite(layer.damping) and layer.damping >= 0):
             raise ValueError(f"layer {layer.block.name!r}: damping {layer.damping} is not a finite number >= 0")
         table.append(
             {
                 "name": layer.block.name,
                 "parameters": list(layer.block.parameters),
+                "copies": dict(layer.block.copies),
                 "kind": layer.curvature.kind,
                 "codec": codec,
-                "side": len(matrix),
+                "shapes": {part: list(tensor.shape) for part, tensor in layer.curvature.parts().items()},
                 "damping": float(layer.damping),
             }
         )
-        tensors |= {f"{index}.{key}": tensor for key, tensor in packer.pack(matrix).items()}
+        tensors |= {f"{index}.{key}": tensor for key, tensor in pack(packer, layer.curvature).items()}
     metadata = {METADATA_KEY: json.dumps({"version": FORMAT_VERSION, "layers": table}, separators=(",", ":"))}
     return save(tensors, metadata)
 
@@ -90,25 +92,32 @@ def decode(
     expected: dict[str, tuple[str, list[int]]] = {}
     for index, entry in enumerate(entries):
         _check_entry(entry, shapes, seen)
-        if entry["side"] > max_side:
-            raise PayloadError(f"{_where(entry)}: side {entry['side']}, more than the {max_side} allowed")
-        layout = get_codec(entry["codec"]).layout(entry["side"])
-        expected |= {f"{index}.{key}": (_DTYPES[dtype], list(shape)) for key, (dtype, shape) in layout.items()}
+        kind = _KINDS[entry["kind"]]
+        side = max((shape[-1] for part, shape in entry["shapes"].items() if part in kind.symmetric), default=0)
+        if side > max_side:
+            raise PayloadError(f"{_where(entry)}: side {side}, more than the {max_side} allowed")
+        needed = layout(get_codec(entry["codec"]), kind, entry["shapes"])
+        expected |= {f"{index}.{key}": (_DTYPES[dtype], list(shape)) for key, (dtype, shape) in needed.items()}
     _check_tensors(header, expected)
     try:
         tensors = load(data)
-        return [_read_layer(index, entry, tensors) for index, entry in enumerate(entries)]
+        return [_read_layer(index, entry, tensors, shapes) for index, entry in enumerate(entries)]
     except PayloadError:
         raise
     except Exception as error:  # bytes from outside: whatever else is wrong with them, they are no payload
         raise PayloadError(f"not a safetensors document: {error!r:.{_MAX_QUOTE}}") from error
 
 
-def _matrix(layer: LayerCurvature) -> Tensor:
-    match layer.curvature:
-        case KroneckerRight(factor=matrix) | Dense(matrix=matrix):
-            return matrix
-    raise ValueError(f"layer {layer.block.name!r}: curvature of kind {layer.curvature.kind!r} does not travel")
+def _check_travels(layer: LayerCurvature) -> None:
+    """Only parts travel: what else a curvature has, as a Kronecker product's weight, must be as it is made."""
+    curvature = layer.curvature
+    if curvature.kind not in _KINDS or _rest(curvature) != _rest(type(curvature)(**curvature.parts())):
+        raise ValueError(f"layer {layer.block.name!r}: curvature of kind {curvature.kind!r} does not travel")
+
+
+def _rest(curvature: Curvature) -> dict[str, Any]:
+    parts = curvature.part_names()
+    return {key: value for key, value in vars(curvature).items() if key not in parts}
 
 
 def _read_header(data: bytes) -> dict[str, Any]:
@@ -160,7 +169,7 @@ def _check_entry(entry: Any, shapes: Mapping[str, Sequence[int]], seen: set[str]
 def _check_parameters(
     where: str, entry: dict[str, Any], shapes: Mapping[str, Sequence[int]], seen: set[str]
 ) -> None:
-    """The parameters exist, belong to one layer only, and form a matrix of the curvature's side."""
+    """The parameters exist, belong to one layer only, and form a matrix that the curvature acts on."""
     keys = entry["parameters"]
     if not keys:
         raise PayloadError(f"{where}: no parameters")
@@ -170,13 +179,32 @@ def _check_parameters(
         if key in seen:
             raise PayloadError(f"{where}: parameter {key!r} has a curvature already")
         seen.add(key)
-    rows = {shapes[key][0] if len(shapes[key]) else 1 for key in keys}
-    if len(rows) != 1:
-        raise PayloadError(f"{where}: parameters with different first dimensions {sorted(rows)}")
-    size = sum(math.prod(shapes[key]) for key in keys)
-    side = size if entry["kind"] == Dense.kind else size // max(rows.pop(), 1)
-    if entry["side"] != side:
-        raise PayloadError(f"{where}: side {entry['side']}, but its parameters need {side}")
+    for copy, original in entry["copies"].items():
+        if copy not in shapes or original not in keys or list(shapes[copy]) != list(shapes[original]):
+            raise PayloadError(
+                f"{where}: {copy!r:.{_MAX_QUOTE}} is no copy of {original!r:.{_MAX_QUOTE}}: "
+                "allowed are parameters of the model, of the shape of one of the layer's"
+            )
+        if copy in seen:
+            raise PayloadError(f"{where}: parameter {copy!r} has a curvature already")
+        seen.add(copy)
+    rows, columns = matrix_shape([shapes[key] for key in keys])
+    _check_shapes(where, entry, rows, columns)
+
+
+def _check_shapes(where: str, entry: dict[str, Any], rows: int, columns: int) -> None:
+    """The curvature has the parts of its kind, of shapes that act on a matrix [rows, columns]."""
+    kind, found = _KINDS[entry["kind"]], entry["shapes"]
+    numbers = [n for shape in found.values() for n in (shape if isinstance(shape, list) else [None])]
+    if set(found) != set(kind.part_names()) or any(type(n) is not int or n < 1 for n in numbers):
+        raise PayloadError(
+            f"{where}: a curvature of kind {entry['kind']!r} has a shape for each of "
+            f"{', '.join(kind.part_names())}; got {found!r:.{_MAX_QUOTE}}"
+        )
+    if not all(found.values()) or not kind.fits(found, rows, columns):
+        raise PayloadError(
+            f"{where}: shapes {found!r:.{_MAX_QUOTE}} do not fit its parameters, a matrix of {rows} x {columns}"
+        )
 
 
 def _check_tensors(header: dict[str, Any], expected: dict[str, tuple[str, list[int]]]) -> None:
@@ -190,15 +218,19 @@ def _check_tensors(header: dict[str, Any], expected: dict[str, tuple[str, list[i
             raise PayloadError(f"tensor {name!r} must be {dtype} {shape}; got {found!r:.{_MAX_QUOTE}}")
 
 
-def _read_layer(index: int, entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerCurvature:
-    codec = get_codec(entry["codec"])
-    matrix = codec.unpack({key: tensors[f"{index}.{key}"] for key in codec.layout(entry["side"])}, entry["side"])
-    if not torch.isfinite(matrix).all():
+def _read_layer(
+    index: int, entry: dict[str, Any], tensors: dict[str, Tensor], shapes: Mapping[str, Sequence[int]]
+) -> LayerCurvature:
+    kind, prefix = _KINDS[entry["kind"]], f"{index}."
+    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    parts = unpack(get_codec(entry["codec"]), kind, entry["shapes"], own)
+    if not all(torch.isfinite(part).all() for part in parts.values()):
         raise PayloadError(f"{_where(entry)}: the curvature is not finite")
-    if (matrix.diagonal() < 0).any():
+    curvature: Curvature = kind(**parts)
+    if (curvature.diagonal(*matrix_shape([shapes[key] for key in entry["parameters"]])) < 0).any():
         raise PayloadError(f"{_where(entry)}: the curvature has a negative number on its diagonal")
-    block = Block(entry["name"], tuple(entry["parameters"]))
-    return LayerCurvature(block, _KINDS[entry["kind"]](matrix), _to_float(entry["damping"]))
+    block = Block(entry["name"], tuple(entry["parameters"]), tuple(sorted(entry["copies"].items())))
+    return LayerCurvature(block, curvature, _to_float(entry["damping"]))
 
 
 def _where(entry: dict[str, Any]) -> str:

@@ -14,15 +14,15 @@ class Triangle:
 
     dtype: torch.dtype
 
-    def layout(self, side: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        return {TRIANGLE: (self.dtype, (side * (side + 1) // 2,))}
+    def layout(self, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {TRIANGLE: (self.dtype, (*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))}
 
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
         matrix = matrix.to("cpu", self.dtype)
-        return {TRIANGLE: torch.cat([row[: i + 1] for i, row in enumerate(matrix)])}
+        return {TRIANGLE: torch.cat([matrix[..., i, : i + 1] for i in range(matrix.shape[-1])], dim=-1)}
 
-    def unpack(self, tensors: dict[str, Tensor], side: int) -> Tensor:
-        lower = torch.zeros(side, side, dtype=self.dtype)
-        for i, row in enumerate(torch.split(tensors[TRIANGLE], list(range(1, side + 1)))):
-            lower[i, : i + 1] = row
-        return lower + lower.tril(-1).T
+    def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        lower = torch.zeros(shape, dtype=self.dtype)
+        for i, row in enumerate(torch.split(tensors[TRIANGLE], list(range(1, shape[-1] + 1)), dim=-1)):
+            lower[..., i, : i + 1] = row
+        return lower + lower.tril(-1).mT

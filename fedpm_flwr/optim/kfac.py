@@ -1,0 +1,65 @@
+"""K-FAC (Martens and Grosse 2015): each layer's gradient between the inverses of two factors."""
+
+from typing import Any
+
+from torch import nn
+
+from ..estimators import KroneckerFactors
+from .second_order import Params, SecondOrder
+
+
+class KFAC(SecondOrder):
+    """W ← W − η (G ⊗ A + λI)⁻¹ g with A = E[x xᵀ] of a layer's inputs and G of the gradients by its outputs.
+
+    The damping is exact, by the eigenvalues of A and G. λ has the unit of the loss per squared
+    parameter. ``KroneckerFactors`` says which layers, and what ``fisher`` means; all others take
+    plain gradient steps.
+
+    Args:
+        model, params, shared: as for ``SecondOrder``.
+        fisher: ``sampled``, ``exact`` or ``empirical``.
+        loss: ``cross-entropy`` or ``mse``: what is trained, as the mean over the batch.
+        max_factor_side: layers with more inputs or outputs are stepped along their plain gradient.
+        position_stride: s: A is measured at every s-th position only, of an image in each direction.
+        seed: of the drawn targets.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Params | None = None,
+        *,
+        fisher: str = "sampled",
+        loss: str = "cross-entropy",
+        lr: float = 0.1,
+        damping: float = 0.1,
+        ema: float = 0.95,
+        refresh_interval: int = 5,
+        inverse_interval: int = 10,
+        max_factor_side: int = 8192,
+        position_stride: int = 1,
+        seed: int = 0,
+        **shared: Any,
+    ) -> None:
+        if position_stride < 1:
+            raise ValueError(f"position_stride must be >= 1, not {position_stride}")
+        super().__init__(
+            model,
+            params,
+            lambda owned: KroneckerFactors(
+                model,
+                fisher,
+                loss,
+                max_side=max_factor_side,
+                parameters=owned,
+                position_stride=position_stride,
+                seed=seed,
+                stacklevel=5,
+            ),
+            lr=lr,
+            damping=damping,
+            ema=ema,
+            refresh_interval=refresh_interval,
+            inverse_interval=inverse_interval,
+            **shared,
+        )

@@ -1,0 +1,48 @@
+"""Newton's method for small models, by the exact Hessian or Gauss-Newton matrix."""
+
+from typing import Any
+
+from torch import nn
+
+from ..estimators import ExactHessian
+from .second_order import Params, SecondOrder
+
+
+class Newton(SecondOrder):
+    """θ ← θ − η (H + λI)⁻¹ g with H = ∂²loss/∂θ² over all trainable parameters together.
+
+    Call ``measure(loss, outputs)`` before ``loss.backward()``. Where H is indefinite its eigenvalues
+    are replaced by their absolute values (``estimators.positive``). With η = 1, λ = 0, a single local step
+    on all of the client's data, FedPM takes the Newton step of the global loss.
+
+    Args:
+        model, params, shared: as for ``SecondOrder``.
+        matrix: ``hessian``, or ``ggn``: the Gauss-Newton matrix, never indefinite for a convex loss.
+        max_factor_side: the largest number of parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Params | None = None,
+        *,
+        matrix: str = "hessian",
+        lr: float = 1.0,
+        damping: float = 0.0,
+        ema: float = 0.0,
+        refresh_interval: int = 1,
+        inverse_interval: int = 1,
+        max_factor_side: int = 8192,
+        **shared: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            params,
+            lambda owned: ExactHessian(model, matrix, owned, max_factor_side),
+            lr=lr,
+            damping=damping,
+            ema=ema,
+            refresh_interval=refresh_interval,
+            inverse_interval=inverse_interval,
+            **shared,
+        )

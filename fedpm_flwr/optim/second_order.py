@@ -1,0 +1,285 @@
+"""What all second-order optimizers share: W ← W − η P⁻¹ g, with P as an estimator measures it."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from ..curvature import (
+    Block,
+    Curvature,
+    CurvatureError,
+    LayerCurvature,
+    Operator,
+    from_matrix,
+    matrix_shape,
+    to_matrix,
+)
+from ..estimators import Estimator
+from ..estimators.hooks import unwrapped
+from ..wire import as_decoded, get_codec
+from .state import from_state, restore, to_state
+
+Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+
+_RAISE_DAMPING_BY = 10.0
+_MAX_RAISES = 12
+_CALLS_FROM_STEP = 5
+"""From a method called by ``step``, through torch's two wrappers of it, to the caller of ``step``."""
+
+
+class SecondOrder(torch.optim.Optimizer):
+    """W ← W − η d, with d = P⁻¹ g for parameters that have a P, and plain gradient steps for the others.
+
+    W and its gradient g are a block's parameters as one matrix (``curvature.to_matrix``). Use it as
+    any optimizer; hand it the model instead of the parameters, since it has to see more of it. In
+    the order of a step: g ← g + ωW (coupled weight decay); P⁻¹; the update of all parameters together
+    is shortened to the norm ``clip``; d ← μ d_before + P⁻¹g (momentum); W ← (1 − ηω) W (decoupled
+    weight decay); W ← W − η d.
+
+    Args:
+        model: the network that is trained.
+        params: parameters or parameter groups to train; by default all of the model's.
+        lr: η, per group.
+        plain_lr: η of parameters without a P; by default the same. A scheduler of ``lr`` scales it too.
+        damping: λ ≥ 0, per group (a block's first parameter decides), added to P. Where P + λI
+            cannot be inverted, not in float64 either, the block's λ is raised tenfold until it can;
+            ``preconditioners`` says by which λ each block was really stepped.
+        relative_damping: whether λ is in units of P's mean eigenvalue, tr(P) / n, instead of P's own.
+        momentum: μ, per group.
+        weight_decay: ω, per group.
+        decoupled_weight_decay: whether ω shrinks W directly, or is part of the gradient.
+        clip: largest Euclidean norm of the update P⁻¹g of all parameters together; 0: any.
+        ema: how much less a measurement of P counts in its running average with each newer one, so
+            that P = Σ emaᵗ P₍ₜ₎ / Σ emaᵗ over measurements of age t; 0: the newest alone; 1: the mean.
+        refresh_interval: steps between two measurements of P.
+        inverse_interval: steps between two inversions of P + λI.
+        codec: name of a wire codec; if given, P is what that codec makes of it. For rounds of a
+            single step, so that the server mixes with the very matrix that the client stepped by.
+
+    Raises:
+        ValueError: an argument is out of range.
+        CurvatureError: in ``step``, if λ is 0 and P singular, or P is not finite; names the layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Params | None,
+        estimator: Callable[[list[nn.Parameter]], Estimator],
+        *,
+        lr: float,
+        plain_lr: float | None = None,
+        damping: float,
+        relative_damping: bool = False,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        clip: float = 0.0,
+        ema: float,
+        refresh_interval: int,
+        inverse_interval: int,
+        codec: str | None = None,
+    ) -> None:
+        if refresh_interval < 1 or inverse_interval < 1:
+            raise ValueError(f"intervals must be >= 1, not {refresh_interval} and {inverse_interval}")
+        if not (0 <= ema <= 1 and clip >= 0):
+            raise ValueError(f"ema must be between 0 and 1, not {ema}, and clip >= 0, not {clip}")
+        model = unwrapped(model)
+        defaults = {
+            "lr": lr,
+            "plain_lr_scale": 1.0 if plain_lr is None or not lr else plain_lr / lr,
+            "damping": damping,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "step": 0,
+        }
+        super().__init__(model.parameters() if params is None else params, defaults)
+        for group in self.param_groups:
+            checked = ("lr", "plain_lr_scale", "damping", "momentum", "weight_decay")
+            if not all(group[key] >= 0 for key in checked):
+                raise ValueError(f"{', '.join(f'{key} {group[key]}' for key in checked)}: all must be >= 0")
+        self._relative, self._decoupled, self._clip = relative_damping, decoupled_weight_decay, clip
+        self._ema, self._refresh, self._inverse = ema, refresh_interval, inverse_interval
+        self._codec = get_codec(codec) if codec else None
+        self._parameters = dict(model.named_parameters())
+        self._estimator = estimator([p for group in self.param_groups for p in group["params"]])
+        self._unmeasured: set[Block] = set()
+        self._schedule()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step; a closure is called first, with gradients enabled, and its loss returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for block, measured in self._estimator.collect().items():
+            self._update(self._state_of(block), measured)
+        groups = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
+        updates = self._updates(groups)
+        if self._clip and updates:
+            norm = torch.linalg.vector_norm(torch.stack([u.float().norm() for u in updates.values()]))
+            shorter = (self._clip / norm).clamp(max=1.0)
+            updates = {p: update * shorter.to(update.dtype) for p, update in updates.items()}
+        for p, update in updates.items():
+            self._move(p, update, groups[p])
+        for group in self.param_groups:
+            group["step"] += 1
+        self._schedule()
+        return loss
+
+    def measure(self, loss: Tensor, outputs: object = None) -> None:
+        """Measure P from the loss, before ``loss.backward()``, where the optimizer needs that; else nothing.
+
+        Newton, LTDA and Sophia with Hutchinson's diagonal do; ``outputs``, the model's, are for
+        Newton's Gauss-Newton matrix alone. Between measurements it costs nothing.
+        """
+        measure = getattr(self._estimator, "measure", None)
+        if measure is not None:
+            measure(loss, outputs)
+
+    def preconditioners(self) -> list[LayerCurvature]:
+        """P of every block that was stepped by it, as now averaged, and the λ it was stepped with."""
+        states = [(block, self._state_of(block)) for block in self._estimator.blocks]
+        return [
+            LayerCurvature(block, _curvature(state), state["damping"])
+            for block, state in states
+            if "inverse" in state
+        ]
+
+    def detach(self) -> None:
+        """Take the hooks off the model; the optimizer then steps with what it has measured."""
+        self._estimator.detach()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of any optimizer; curvature keeps the precision that it was saved with."""
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, p in zip(saved, own, strict=True):
+            restore(self.state.get(p, {}), state_dict["state"].get(index, {}), p.device)
+        self._schedule()
+
+    def _update(self, state: dict[str, Any], measured: Curvature) -> None:
+        """Take a measurement into the running average, part by part: K-FAC's two factors each for itself."""
+        before = self._ema * state.get("weight", 0.0)
+        state["weight"] = before + 1.0
+        parts = measured.parts()
+        if "curvature" in state:
+            # A measurement that is not finite, as of a step that a GradScaler skipped, is passed
+            # over; decided on the device, which nothing has to wait for.
+            old = _curvature(state).parts()
+            finite = torch.stack([part.isfinite().all() for part in parts.values()]).all()
+            parts = {
+                name: torch.where(finite, (before * old[name] + part) / state["weight"], old[name])
+                for name, part in parts.items()
+            }
+        new = type(measured)(**parts)
+        state["curvature"] = to_state(new if self._codec is None else as_decoded(self._codec, new))
+
+    def _prepare(self, block: Block, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Invert P + λI, if that is due."""
+        if "inverse" not in state or self._steps() % self._inverse == 0:
+            shape = matrix_shape([self._parameters[key].shape for key in block.parameters])
+            inverse, state["damping"] = _invert(
+                _curvature(state), shape, group["damping"], self._relative, block.name
+            )
+            state["inverse"] = to_state(inverse)
+
+    def _precondition(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """P⁻¹g of one block, a matrix."""
+        return from_state(state["inverse"]).matmul(gradient)
+
+    def _updates(self, groups: dict[nn.Parameter, dict[str, Any]]) -> dict[nn.Parameter, Tensor]:
+        """What each parameter is to be moved by, but for its learning rate: P⁻¹g, or g."""
+        gradients = {p: self._gradient(p, group) for p, group in groups.items()}
+        updates: dict[nn.Parameter, Tensor] = {}
+        for block in self._estimator.blocks:
+            owned = [self._parameters[key] for key in block.parameters]
+            state = self._state_of(block)
+            if all(p in gradients for p in owned) and self._is_measured(block, state):
+                self._prepare(block, state, groups[owned[0]])
+                gradient = to_matrix([gradients.pop(p) for p in owned])
+                matrix = self._precondition(state, gradient, groups[owned[0]])
+                updates |= zip(owned, from_matrix(matrix, [p.shape for p in owned]), strict=True)
+        return updates | {p: g * groups[p]["plain_lr_scale"] for p, g in gradients.items()}
+
+    def _gradient(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        assert p.grad is not None
+        coupled = group["weight_decay"] and not self._decoupled
+        return p.grad.add(p, alpha=group["weight_decay"]) if coupled else p.grad
+
+    def _move(self, p: nn.Parameter, update: Tensor, group: dict[str, Any]) -> None:
+        if group["momentum"]:
+            before = self.state[p].get("momentum")
+            update = update.clone() if before is None else before.mul_(group["momentum"]).add_(update)
+            self.state[p]["momentum"] = update
+        if group["weight_decay"] and self._decoupled:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(update.to(p.dtype), alpha=-group["lr"])
+
+    def _state_of(self, block: Block) -> dict[str, Any]:
+        """A block's state, kept under its first parameter."""
+        state: dict[str, Any] = self.state[self._parameters[block.parameters[0]]]
+        return state
+
+    def _is_measured(self, block: Block, state: dict[str, Any]) -> bool:
+        measured = "curvature" in state
+        if not measured and block not in self._unmeasured:
+            self._unmeasured.add(block)
+            warnings.warn(
+                f"layer {block.name!r} has a gradient but its curvature was not measured in training mode with "
+                "gradients enabled (is it in evaluation mode, or in a reentrant checkpoint, or "
+                "optimizer.measure(loss) not called before loss.backward()?): it takes plain gradient steps",
+                stacklevel=_CALLS_FROM_STEP + 1,
+            )
+        return measured
+
+    def _steps(self) -> int:
+        return int(self.param_groups[0]["step"])
+
+    def _schedule(self) -> None:
+        """Measure in the coming forward passes if the next step refreshes P, or where there is none yet."""
+        due = self._steps() % self._refresh == 0
+        blocks = self._estimator.blocks
+        self._estimator.recording = [b for b in blocks if due or "curvature" not in self._state_of(b)]
+
+
+def _curvature(state: dict[str, Any]) -> Curvature:
+    curvature = from_state(state["curvature"])
+    assert isinstance(curvature, Curvature)
+    return curvature
+
+
+def _invert(
+    curvature: Curvature, shape: tuple[int, int], damping: float, relative: bool, layer: str
+) -> tuple[Operator, float]:
+    """(P + λI)⁻¹ and λ, raised until there is one."""
+    if not all(torch.isfinite(part).all() for part in curvature.parts().values()):
+        raise CurvatureError(f"layer {layer!r}: its curvature is not finite; has training diverged?")
+    if relative:
+        # Without any curvature, as for inputs that are all 0, λ is absolute: there is nothing to be relative to.
+        damping *= float(curvature.diagonal(*shape).mean()) or 1.0
+    for raised in range(_MAX_RAISES + 1):
+        used = damping * _RAISE_DAMPING_BY**raised
+        try:
+            inverse = curvature.damped(used).inverse()
+        except CurvatureError as error:
+            if damping == 0:
+                raise CurvatureError(f"layer {layer!r}: {error}, and its damping is 0") from error
+            continue
+        if raised:
+            warnings.warn(
+                f"layer {layer!r}: damping raised from {damping} to {used}", stacklevel=_CALLS_FROM_STEP + 2
+            )
+        return inverse, used
+    raise CurvatureError(f"layer {layer!r}: not positive definite even with damping {used}")
