@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 
 from . import messages
-from .config import WEIGHTINGS
+from .config import KRONECKER_SUMS, WEIGHTINGS
 from .guarded import Guarded
 from .messages import Update
 from .mixing import ModelMixer
@@ -35,6 +35,10 @@ class FedPM(Guarded):
         weighting: ``num-examples``: wᵢ = nᵢ/n with nᵢ under ``weighted_by_key``; ``uniform``: 1/N.
         damping_bounds: replies that name a λ outside of them are left out.
         max_factor_side: replies with a larger matrix are left out.
+        kronecker_sum: how two-sided Kronecker products (K-FAC) are mixed. ``exact``: by all clients'
+            factors and conjugate gradients; ``factored``: by the mean of the factors, an
+            approximation that is cheaper and keeps no client's (``mixing.LayerMixer``).
+        max_factor_memory: bytes of these factors to keep in memory; the others go to temporary files.
         max_payload_bytes: replies with more bytes of curvature are left out unread.
         strategy: what ``Guarded`` and ``flwr.serverapp.strategy.FedAvg`` take.
 
@@ -50,6 +54,8 @@ class FedPM(Guarded):
         weighting: str = "num-examples",
         damping_bounds: tuple[float, float] = (0.0, 1e6),
         max_factor_side: int = 8192,
+        kronecker_sum: str = "exact",
+        max_factor_memory: int = 4 << 30,
         max_payload_bytes: int = 1 << 30,
         **strategy: Any,
     ) -> None:
@@ -58,6 +64,8 @@ class FedPM(Guarded):
             raise ValueError(f"server_learning_rate must be a finite number > 0, not {server_learning_rate}")
         if weighting not in WEIGHTINGS:
             raise ValueError(f"unknown weighting {weighting!r}; allowed: {', '.join(WEIGHTINGS)}")
+        if kronecker_sum not in KRONECKER_SUMS:
+            raise ValueError(f"unknown kronecker_sum {kronecker_sum!r}; allowed: {', '.join(KRONECKER_SUMS)}")
         low, high = damping_bounds
         if not 0 <= low <= high:
             raise ValueError(f"damping_bounds must be 0 <= low <= high, not {damping_bounds}")
@@ -67,6 +75,8 @@ class FedPM(Guarded):
         self.weighting = weighting
         self.damping_bounds = damping_bounds
         self.max_factor_side = max_factor_side
+        self.kronecker_sum = kronecker_sum
+        self.max_factor_memory = max_factor_memory
         self.max_payload_bytes = max_payload_bytes
 
     def summary(self) -> None:
@@ -92,7 +102,7 @@ class FedPM(Guarded):
         Raises:
             CurvatureError: there are none, or the mixed model is not finite.
         """
-        mixer = ModelMixer(self._theta)
+        mixer = ModelMixer(self._theta, memory=self.max_factor_memory, factored=self.kronecker_sum == "factored")
         contents: list[RecordDict] = []
         curved = False
         for reply, update in usable:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
 from .curvature import CurvatureError
+from .optim import SecondOrder
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -55,6 +56,8 @@ def fit(
         optimizer.zero_grad()
         outputs = model(inputs)
         loss = loss_fn(outputs, targets)
+        if isinstance(optimizer, SecondOrder):
+            optimizer.measure(loss, outputs)
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         total += loss.detach() * len(inputs)
         examples += len(inputs)

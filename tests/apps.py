@@ -1,7 +1,9 @@
 """Small Flower apps in the shape that users write, on the library alone."""
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from fedpm_flwr import messages
 from fedpm_flwr.inline import run_inline
 from fedpm_flwr.optim import FOOF
-from fedpm_flwr.training import fit
+from fedpm_flwr.training import Loss, fit
 
 Data = Callable[[int], tuple[Tensor, Tensor]]
 """A client's whole data, by partition."""
@@ -24,6 +26,16 @@ def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def regression_client(data: Data, make_model: Callable[[], nn.Module], **options: float) -> ClientApp:
     """One full-batch FOOF step a round on ½‖Wx − y‖²."""
+    return full_batch_client(data, make_model, half_squared_error, partial(FOOF, **options))  # type: ignore[arg-type]
+
+
+def full_batch_client(
+    data: Data,
+    make_model: Callable[[], nn.Module],
+    loss: Loss,
+    make_optimizer: Callable[..., torch.optim.Optimizer],
+) -> ClientApp:
+    """One step a round on the client's whole data, by an optimizer of ``(model, codec=…)``."""
     app = ClientApp()
 
     @app.train()
@@ -31,8 +43,8 @@ def regression_client(data: Data, make_model: Callable[[], nn.Module], **options
         x, y = data(messages.partition_of(context)[0])
         model = make_model()
         model.load_state_dict(message.content.array_records[messages.ARRAYS].to_torch_state_dict())
-        optimizer = FOOF(model, codec=messages.asked_codec(message), **options)  # type: ignore[arg-type]
-        result = fit(model, [(x, y)], optimizer, half_squared_error)
+        optimizer = make_optimizer(model, codec=messages.asked_codec(message))
+        result = fit(model, [(x, y)], optimizer, loss)
         return messages.train_reply(message, model, {"num-examples": len(x), "loss": result.loss}, optimizer)
 
     @app.query(messages.PARTITION_ACTION)

@@ -185,18 +185,23 @@ def test_a_matrix_on_the_edge_is_refused_while_it_still_has_a_cholesky_factor(le
 
 
 @pytest.mark.parametrize(("damping", "passes"), [(1e-3, True), (1e-15, False)])
-def test_a_kronecker_product_needs_damping_or_two_definite_factors(damping: float, passes: bool) -> None:
+def test_a_kronecker_product_of_singular_factors_needs_damping(damping: float, passes: bool) -> None:
     singular = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
-    for left, right in ((singular, torch.eye(2).double()), (torch.eye(2).double(), singular)):
+    rounded = torch.diag(torch.tensor([1.0, -1e-7], dtype=torch.float64))  # as float32 leaves it
+    for left, right in ((singular, torch.eye(2).double()), (torch.eye(2).double(), singular), (rounded, singular)):
         curvature = Kronecker(left, right).damped(damping)
         if passes:
             curvature.check_positive_definite()
         else:
-            with pytest.raises(CurvatureError, match="side 2 is not positive definite"):
+            with pytest.raises(CurvatureError, match="sides 2 and 2 is not positive definite"):
                 curvature.check_positive_definite()
-    indefinite = torch.diag(torch.tensor([1.0, -0.1], dtype=torch.float64))
-    with pytest.raises(CurvatureError, match="side 2 is not positive definite"):
-        Kronecker(indefinite, -indefinite + 1.2 * torch.eye(2)).damped(10.0).check_positive_definite()
+
+
+def test_a_kronecker_product_of_two_indefinite_factors_is_refused() -> None:
+    indefinite = torch.diag(torch.tensor([2.0, -1.0], dtype=torch.float64))
+    with pytest.raises(CurvatureError, match="not positive definite"):
+        Kronecker(indefinite, indefinite).damped(1.0).check_positive_definite()
+    Kronecker(indefinite, indefinite).damped(3.0).check_positive_definite()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-101, 1e101, float("inf"), float("nan")])

@@ -15,7 +15,6 @@ from .linalg import (
     block_diagonal,
     check_square,
     check_trace,
-    cholesky,
     eigh,
     grouped,
     promoted,
@@ -61,12 +60,10 @@ class Kronecker(Curvature):
 
     def inverse(self) -> "KroneckerBasis":
         (left, left_basis), (right, right_basis) = eigh(self.left), eigh(self.right)
-        values = self.weight * left[..., :, None] * right[..., None, :] + self.shift
+        values = self._eigenvalues(left, right)
         least = torch.finfo(values.dtype).eps * max(values.shape[-2:]) * values.abs().amax()
         if not (values.amin() > least and torch.isfinite(values).all()):
-            raise CurvatureError(
-                f"a Kronecker product of sides {values.shape[-2]} and {values.shape[-1]} is not positive definite"
-            )
+            raise CurvatureError(self._not_definite())
         return KroneckerBasis(left_basis, right_basis, 1 / values)
 
     def damped(self, damping: float) -> "Kronecker":
@@ -99,17 +96,13 @@ class Kronecker(Curvature):
         return add_to_diagonal(self.weight * block_diagonal(blocks), self.shift)
 
     def check_positive_definite(self) -> None:
-        """Sufficient, not necessary, and without eigenvalues: by Cholesky factorisations of G and A.
-
-        Either both are positive semidefinite up to rounding and the damping is above the margin,
-        or both are positive definite by the margin's root.
-        """
-        left, right = check_trace(self.left), check_trace(self.right)
-        margin = MARGIN * torch.finfo(self.left.dtype).eps
-        enough = self.shift > 4 * margin * self.weight * float((left * right).max())
-        for factor, trace in ((self.left, left), (self.right, right)):
-            shift = margin if enough else -(margin**0.5)
-            cholesky(factor + (shift * trace)[..., None, None] * torch.eye(factor.shape[-1]).to(factor))
+        """By the eigenvalues of both factors: one may be indefinite by its rounding, if P is damped enough."""
+        trace = self.weight * check_trace(self.left) * check_trace(self.right)
+        size = self.left.shape[-1] * self.right.shape[-1]
+        values = self._eigenvalues(torch.linalg.eigvalsh(self.left), torch.linalg.eigvalsh(self.right))
+        margin = MARGIN * torch.finfo(values.dtype).eps * (trace + size * self.shift)
+        if not (values.amin(dim=(-2, -1)) > margin).all():
+            raise CurvatureError(self._not_definite())
 
     @classmethod
     def fits(cls, shapes: Mapping[str, Sequence[int]], rows: int, columns: int) -> bool:
@@ -127,6 +120,14 @@ class Kronecker(Curvature):
         groups = len(self.left) if self.left.ndim == 3 else 1
         if delta.ndim != 2 or tuple(delta.shape) != (groups * self.left.shape[-1], self.right.shape[-1]):
             raise CurvatureError(f"{list(delta.shape)} met {self._describe()}")
+
+    def _eigenvalues(self, left: Tensor, right: Tensor) -> Tensor:
+        """Of P, from those of its factors, [.., rows, columns]."""
+        return self.weight * left[..., :, None] * right[..., None, :] + self.shift
+
+    def _not_definite(self) -> str:
+        sides = f"{self.left.shape[-1]} and {self.right.shape[-1]}"
+        return f"a Kronecker product of sides {sides} is not positive definite"
 
     def _describe(self) -> str:
         return f"a Kronecker product of {list(self.left.shape)} and {list(self.right.shape)}"

@@ -1,0 +1,543 @@
+"""What holds for every second-order optimizer, and each one's step against its formula."""
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedpm_flwr.curvature import CurvatureError, Diagonal, LayerCurvature, to_matrix
+from fedpm_flwr.optim import FOOF, KFAC, LTDA, Newton, SecondOrder, Sophia
+from fedpm_flwr.wire import decode, encode
+
+Make = Callable[..., SecondOrder]
+
+OPTIMIZERS: dict[str, Make] = {
+    "foof": lambda model, *a, **o: FOOF(model, *a, **{"damping": 0.1, **o}),
+    "kfac": lambda model, *a, **o: KFAC(model, *a, **{"damping": 0.1, **o}),
+    "sophia": lambda model, *a, **o: Sophia(model, *a, **{"lr": 0.01, "gamma": 10.0, **o}),
+    "sophia-hutchinson": lambda model, *a, **o: Sophia(
+        model, *a, **{"lr": 0.01, "gamma": 10.0, "estimator": "hutchinson", **o}
+    ),
+    "ltda": lambda model, *a, **o: LTDA(model, *a, **{"damping": 1.0, **o}),
+    "newton": lambda model, *a, **o: Newton(model, *a, **{"lr": 0.5, "damping": 0.1, **o}),
+    "newton-ggn": lambda model, *a, **o: Newton(model, *a, **{"lr": 0.5, "damping": 0.1, "matrix": "ggn", **o}),
+}
+
+
+class Network(nn.Module):
+    """Two layers with curvature, and a norm without, but for diagonal methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.head(self.norm(torch.tanh(self.body(x))))
+        return outputs
+
+
+def network(seed: int = 0) -> Network:
+    torch.manual_seed(seed)
+    return Network().double()
+
+
+def is_sophia(make: Make) -> bool:
+    """Which has its own running averages and intervals."""
+    return isinstance(make(network()), Sophia)
+
+
+def data(examples: int = 12, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(examples, 4, dtype=torch.float64, generator=generator)
+    return x, x[:, :3].argmax(dim=1)
+
+
+def step(model: nn.Module, optimizer: SecondOrder, batch: tuple[Tensor, Tensor] | None = None) -> float:
+    x, y = batch or data()
+    optimizer.zero_grad()
+    outputs = model(x)
+    loss = F.cross_entropy(outputs, y)
+    optimizer.measure(loss, outputs)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return float(loss)
+
+
+def vector(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:no curvature for norm")
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+class TestEvery:
+    def test_it_minimises(self, make: Make) -> None:
+        model = network()
+        optimizer = make(model)
+        losses = [step(model, optimizer) for _ in range(60)]
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_what_it_says_travels_and_is_positive_definite(self, make: Make) -> None:
+        model = network()
+        optimizer = make(model)
+        for _ in range(2):
+            step(model, optimizer)
+        said = optimizer.preconditioners()
+        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        for found, layer in zip(decode(encode(said, "triangle-float64"), shapes), said, strict=True):
+            assert (found.block, found.damping, found.curvature.kind) == (
+                layer.block,
+                layer.damping,
+                layer.curvature.kind,
+            )
+            found.curvature.damped(found.damping).check_positive_definite()
+
+    def test_the_step_is_by_what_it_says(self, make: Make) -> None:
+        """θ moves by −η P⁻¹g with the P and λ that are told; of Sophia, by its clipped momentum."""
+        model = network()
+        optimizer = make(model)
+        before = {key: value.clone() for key, value in model.named_parameters()}
+        step(model, optimizer)
+        gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        lr = optimizer.param_groups[0]["lr"]
+        told = optimizer.preconditioners()
+        assert told
+        for layer in told:
+            gradient = to_matrix([gradients.pop(key) for key in layer.block.parameters])
+            after = to_matrix([dict(model.named_parameters())[key] for key in layer.block.parameters])
+            start = to_matrix([before[key] for key in layer.block.parameters])
+            if isinstance(optimizer, Sophia):
+                expected = layer.curvature.solve(0.035 * gradient).clamp(-1, 1)
+            else:
+                expected = layer.curvature.damped(layer.damping).solve(gradient)
+            torch.testing.assert_close(after, start - lr * expected)
+        for key, gradient in gradients.items():  # and the rest by their plain gradients
+            torch.testing.assert_close(dict(model.named_parameters())[key], before[key] - lr * gradient)
+
+    def test_state_dict_round_trip_through_a_file(self, make: Make) -> None:
+        """Saved, read with ``weights_only`` and loaded, it goes on as if nothing had happened."""
+        first = network()
+        options = {"momentum": 0.5, "refresh_interval": 2} | ({} if is_sophia(make) else {"inverse_interval": 3})
+        one = make(first, **options)
+        for _ in range(3):
+            step(first, one)
+        buffer = io.BytesIO()
+        torch.save(one.state_dict(), buffer)
+        buffer.seek(0)
+        second = copy.deepcopy(first)
+        two = make(second, **options)
+        two.load_state_dict(torch.load(buffer, weights_only=True))
+        generators = [getattr(o._estimator, "_generator", None) for o in (one, two)]
+        if generators[0] is not None:  # both draw the same targets from here
+            for optimizer in (one, two):
+                optimizer._estimator._generator = torch.Generator().manual_seed(3)  # type: ignore[attr-defined]
+        for _ in range(4):
+            assert step(first, one) == step(second, two)
+        assert torch.equal(vector(first), vector(second))
+
+    def test_curvature_keeps_its_precision_in_a_half_precision_model(self, make: Make) -> None:
+        model = network().bfloat16()
+        optimizer = make(model)
+        batch = (data()[0].bfloat16(), data()[1])
+        for _ in range(2):
+            step(model, optimizer, batch)
+        before = [layer.curvature.parts() for layer in optimizer.preconditioners()]
+        optimizer.load_state_dict(optimizer.state_dict())
+        for old, layer in zip(before, optimizer.preconditioners(), strict=True):
+            for name, part in layer.curvature.parts().items():
+                assert part.dtype == torch.float32
+                assert torch.equal(part, old[name])
+
+    def test_param_groups_schedulers_and_closures(self, make: Make) -> None:
+        model = network()
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in model.parameters() if p.ndim > 1]},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "lr": 0.0},
+        ]
+        optimizer = make(model, groups)
+        rate = optimizer.param_groups[0]["lr"]
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+        bias, weight = model.body.bias.clone(), model.body.weight.clone()
+        x, y = data()
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(outputs := model(x), y)
+            optimizer.measure(loss, outputs)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return float(loss)
+
+        assert optimizer.step(closure) > 0
+        scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == 0.5 * rate
+        assert torch.equal(model.body.bias, bias)
+        assert not torch.equal(model.body.weight, weight)
+
+    def test_gradient_accumulation_measures_both_halves(self, make: Make) -> None:
+        model = network()
+        optimizer = make(model)
+        (x, y), other = data(6, seed=3), data(6, seed=4)
+        for inputs, targets in ((x, y), other):
+            outputs = model(inputs)
+            loss = F.cross_entropy(outputs, targets)
+            optimizer.measure(loss, outputs)
+            (loss / 2).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if isinstance(optimizer, FOOF | Newton):  # the others' measurements are random, or not linear in the loss
+            twin = network()
+            whole = make(twin)
+            step(twin, whole, (torch.cat([x, other[0]]), torch.cat([y, other[1]])))
+            torch.testing.assert_close(vector(model), vector(twin))
+        assert torch.isfinite(vector(model)).all()
+
+    def test_autocast_leaves_factors_in_float32(self, make: Make) -> None:
+        model = network().float()
+        optimizer = make(model)
+        x, y = data()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = model(x.float())
+            loss = F.cross_entropy(outputs, y)
+        optimizer.measure(loss, outputs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        parts = [part for layer in optimizer.preconditioners() for part in layer.curvature.parts().values()]
+        assert parts
+        assert {part.dtype for part in parts} == {torch.float32}
+
+    def test_a_compiled_model_takes_the_same_steps(self, make: Make) -> None:
+        plain, inner = network(), network()
+        compiled = torch.compile(inner, backend="eager")
+        one, two = make(plain), make(compiled)
+        for _ in range(3):
+            step(plain, one)
+            step(compiled, two)  # type: ignore[arg-type]  # it is called like a module
+        torch.testing.assert_close(vector(inner), vector(plain))
+        assert [layer.block for layer in two.preconditioners()] == [layer.block for layer in one.preconditioners()]
+        torch.compiler.reset()
+
+    def test_momentum_adds_up_updates(self, make: Make) -> None:
+        """With η = 0 in between nothing else changes: two equal updates make 1 and 1 + μ of it."""
+        model = network()
+        options = {} if is_sophia(make) else {"refresh_interval": 100}
+        optimizer = make(model, momentum=0.25, **options)
+        rate = optimizer.param_groups[0]["lr"]
+        optimizer.param_groups[0]["lr"] = 0.0
+        start = vector(model)
+        step(model, optimizer)
+        assert torch.equal(vector(model), start)
+        first = torch.cat([optimizer.state[p]["momentum"].flatten() for p in model.parameters()]).clone()
+        optimizer.param_groups[0]["lr"] = rate
+        step(model, optimizer)
+        second = torch.cat([optimizer.state[p]["momentum"].flatten() for p in model.parameters()])
+        torch.testing.assert_close(vector(model), start - rate * second)
+        if options:
+            torch.testing.assert_close(second, 1.25 * first)
+
+    def test_the_update_of_all_parameters_is_clipped_to_a_norm(self, make: Make) -> None:
+        lengths = []
+        for clip in (0.0, 1e-2, 1e3):
+            model = network()
+            before = vector(model)
+            optimizer = make(model, clip=clip)
+            step(model, optimizer)
+            lengths.append(float((vector(model) - before).norm()) / optimizer.param_groups[0]["lr"])
+        assert lengths[0] == pytest.approx(lengths[2])
+        assert lengths[1] == pytest.approx(1e-2)
+
+    def test_decoupled_weight_decay_shrinks_the_parameters_apart(self, make: Make) -> None:
+        decoupled = {} if is_sophia(make) else {"decoupled_weight_decay": True}
+        moved = []
+        for decay in (0.0, 0.5):
+            model = network()
+            before = vector(model)
+            optimizer = make(model, weight_decay=decay, **decoupled)
+            step(model, optimizer)
+            moved.append(vector(model) - before)
+        torch.testing.assert_close(moved[1], moved[0] - optimizer.param_groups[0]["lr"] * 0.5 * before)
+
+    def test_the_hooks_go_with_the_optimizer(self, make: Make) -> None:
+        model = network()
+        optimizer = make(model)
+        step(model, optimizer)
+        del optimizer
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+    def test_no_batch_and_one_example(self, make: Make) -> None:
+        model = network()
+        optimizer = make(model)
+        model(torch.zeros(0, 4, dtype=torch.float64))
+        step(model, optimizer, data(1))
+        assert torch.isfinite(vector(model)).all()
+        assert optimizer.preconditioners()
+
+    def test_with_a_codec_it_steps_by_what_arrives(self, make: Make) -> None:
+        model = network()
+        optimizer = make(model, codec="triangle-float32")
+        step(model, optimizer)
+        for layer in optimizer.preconditioners():
+            for part in layer.curvature.parts().values():
+                if not isinstance(optimizer, Sophia):
+                    assert torch.equal(part, part.float().double())
+
+
+@pytest.mark.parametrize("make", [OPTIMIZERS["foof"], OPTIMIZERS["kfac"]], ids=["foof", "kfac"])
+def test_parameters_without_curvature_have_a_learning_rate_of_their_own(make: Make) -> None:
+    model = network()
+    norm = model.norm
+    optimizer = make(model, lr=0.1, plain_lr=0.4)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    for rate in (0.4, 0.2):
+        before = norm.weight.detach().clone()
+        step(model, optimizer)
+        assert norm.weight.grad is not None
+        torch.testing.assert_close(norm.weight.detach(), before - rate * norm.weight.grad)
+        scheduler.step()
+
+
+def test_coupled_weight_decay_is_part_of_the_gradient() -> None:
+    model = nn.Linear(4, 3).double()
+    optimizer = FOOF(model, lr=1.0, damping=0.1, weight_decay=0.5)
+    before = to_matrix([model.weight.detach().clone(), model.bias.detach().clone()])
+    step(model, optimizer)
+    (said,) = optimizer.preconditioners()
+    assert model.weight.grad is not None
+    assert model.bias.grad is not None
+    gradient = to_matrix([model.weight.grad, model.bias.grad]) + 0.5 * before
+    expected = before - said.curvature.damped(0.1).solve(gradient)
+    torch.testing.assert_close(to_matrix([model.weight.detach(), model.bias.detach()]), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("make", [OPTIMIZERS["foof"], OPTIMIZERS["newton"]], ids=["foof", "newton"])
+def test_relative_damping_is_in_units_of_the_mean_eigenvalue(make: Make, scale: float) -> None:
+    model = nn.Linear(4, 3).double()
+    optimizer = make(model, damping=0.2, relative_damping=True)
+    step(model, optimizer, (scale * data()[0], data()[1]))
+    (said,) = optimizer.preconditioners()
+    assert said.damping == pytest.approx(0.2 * float(said.curvature.diagonal(3, 5).mean()))
+
+
+def test_relative_damping_of_inputs_that_are_all_0_is_absolute() -> None:
+    model = nn.Linear(4, 3, bias=False).double()
+    optimizer = FOOF(model, damping=0.2, relative_damping=True)
+    step(model, optimizer, (torch.zeros(5, 4, dtype=torch.float64), data(5)[1]))
+    assert optimizer.preconditioners()[0].damping == 0.2
+
+
+@pytest.mark.parametrize("make", [OPTIMIZERS["ltda"], OPTIMIZERS["newton"]], ids=["ltda", "newton"])
+def test_a_loop_that_does_not_measure_is_told_once(make: Make) -> None:
+    model = network()
+    optimizer = make(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            F.cross_entropy(model(data()[0]), data()[1]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    said = [str(warning.message) for warning in caught if "was not measured" in str(warning.message)]
+    assert len(said) == len(set(said)) > 0
+    assert "optimizer.measure(loss) not called before loss.backward()" in said[0]
+    assert {w.filename for w in caught if "was not measured" in str(w.message)} == {__file__}
+
+
+def test_newton_reaches_the_minimum_of_a_quadratic_in_one_step() -> None:
+    x, y = torch.randn(20, 4, dtype=torch.float64), torch.randn(20, 3, dtype=torch.float64)
+    model = nn.Linear(4, 3).double()
+    for matrix in ("hessian", "ggn"):
+        nn.init.normal_(model.weight)
+        optimizer = Newton(model, matrix=matrix)
+        outputs = model(x)
+        loss = F.mse_loss(outputs, y)
+        optimizer.measure(loss, outputs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        solution = torch.linalg.lstsq(torch.cat([x, torch.ones(20, 1).double()], dim=1), y).solution.T
+        torch.testing.assert_close(to_matrix([model.weight.detach(), model.bias.detach()]), solution)
+        optimizer.zero_grad()
+
+
+def test_newton_goes_downhill_where_the_hessian_is_indefinite() -> None:
+    class Saddle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([1.0, 0.5], dtype=torch.float64))
+
+        def forward(self) -> Tensor:
+            return self.w[0] ** 2 - 3 * self.w[1] ** 2
+
+    model = Saddle()
+    optimizer = Newton(model, damping=1e-6)
+    loss = model()
+    optimizer.measure(loss)
+    loss.backward()
+    optimizer.step()
+    torch.testing.assert_close(model.w.detach(), torch.tensor([0.0, 1.0], dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_newton_of_a_large_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="an exact matrix of 10100 parameters, more than 8192"):
+        Newton(nn.Linear(100, 100))
+
+
+def gauss_newton_blocks(model: nn.Sequential, x: Tensor) -> list[Tensor]:
+    """Of each layer of a network with squared loss, Jᵀ(2/classes)J / m by torch.func, on vec of [W | b]."""
+    parameters = {key: p.detach() for key, p in model.named_parameters()}
+
+    def outputs(joint: Tensor, name: str) -> Tensor:
+        own = {f"{name}.weight": joint[:, :-1], f"{name}.bias": joint[:, -1]}
+        found: Tensor = torch.func.functional_call(model, parameters | own, (x,))
+        return found
+
+    blocks = []
+    for name in ("0", "1", "2"):
+        joint = to_matrix([parameters[f"{name}.weight"], parameters[f"{name}.bias"]])
+        jacobian = torch.func.jacrev(outputs)(joint, name).flatten(0, 1).flatten(1)
+        blocks.append(2 / 4 * jacobian.T @ jacobian / len(x))
+    return blocks
+
+
+def test_kfac_on_a_deep_linear_network_is_the_gauss_newton_step_of_each_layer() -> None:
+    """Exact factors, squared loss, no damping (Bernacchia et al. 2018): to rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 3), nn.Linear(3, 4)).double()
+    x, y = torch.randn(30, 5, dtype=torch.float64), torch.randn(30, 4, dtype=torch.float64)
+    blocks = gauss_newton_blocks(model, x)
+    optimizer = KFAC(model, fisher="exact", loss="mse", lr=1.0, damping=0.0)
+    layers = [layer for layer in model if isinstance(layer, nn.Linear)]
+    before = [to_matrix([layer.weight.detach().clone(), layer.bias.detach().clone()]) for layer in layers]
+    F.mse_loss(model(x), y).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    for layer, start, block, said in zip(layers, before, blocks, optimizer.preconditioners(), strict=True):
+        torch.testing.assert_close(said.curvature.to_dense(len(block)), block)
+        assert layer.weight.grad is not None
+        assert layer.bias.grad is not None
+        gradient = to_matrix([layer.weight.grad, layer.bias.grad])
+        expected = start - torch.linalg.solve(block, gradient.flatten()).reshape(start.shape)
+        after = to_matrix([layer.weight.detach(), layer.bias.detach()])
+        torch.testing.assert_close(after, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_sampled_kfac_factors_are_the_exact_ones_within_three_standard_errors() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 3), nn.Linear(3, 4)).double()
+    x = torch.randn(30, 5, dtype=torch.float64)
+    blocks = gauss_newton_blocks(model, x)
+    draws: list[list[Tensor]] = [[] for _ in blocks]
+    optimizer = KFAC(model, loss="mse", lr=0.0, ema=0.0, refresh_interval=1, inverse_interval=1000)
+    for _ in range(200):
+        F.mse_loss(model(x), torch.zeros(30, 4).double()).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        for found, said in zip(draws, optimizer.preconditioners(), strict=True):
+            found.append(said.curvature.to_dense(len(said.curvature.diagonal(*_shape(said)).flatten())))
+    for found, block in zip(draws, blocks, strict=True):
+        stacked = torch.stack(found)
+        standard_error = stacked.std(dim=0) / len(found) ** 0.5
+        off = ((stacked.mean(dim=0) - block) / standard_error).abs()
+        assert float(off.square().mean()) ** 0.5 < 1.5
+        assert float((stacked.mean(dim=0) - block).norm()) < 3 * float(standard_error.norm())
+
+
+def _shape(layer: LayerCurvature) -> tuple[int, int]:
+    parts = layer.curvature.parts()
+    return len(parts["left"]), len(parts["right"])
+
+
+def test_sophia_matches_its_algorithm_by_hand() -> None:
+    """Algorithm 3 with Algorithm 2's estimator: the targets drawn here by the same generator."""
+    model = nn.Linear(3, 2, bias=False).double()
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1, 0])
+    optimizer = Sophia(
+        model, lr=0.1, betas=(0.9, 0.7), gamma=0.5, eps=1e-3, refresh_interval=2, weight_decay=0.01, seed=5
+    )
+    generator = torch.Generator().manual_seed(5)
+    theta, m, h = model.weight.detach().clone(), torch.zeros(2, 3).double(), torch.zeros(2, 3).double()
+    for t in range(5):
+        p = (x @ theta.T).softmax(dim=1)
+        if t % 2 == 0:
+            drawn = F.one_hot(torch.multinomial(p, 1, generator=generator).flatten(), 2)
+            estimate = (p - drawn).T @ x / 6
+            h = 0.7 * h + 0.3 * 6 * estimate**2
+        gradient = (p - F.one_hot(y, 2)).T @ x / 6
+        m = 0.9 * m + 0.1 * gradient
+        theta = theta - 0.1 * 0.01 * theta
+        theta = theta - 0.1 * (m / (0.5 * h).clamp(min=1e-3)).clamp(-1, 1)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        torch.testing.assert_close(model.weight.detach(), theta)
+    (said,) = optimizer.preconditioners()
+    assert isinstance(said.curvature, Diagonal)
+    torch.testing.assert_close(said.curvature.values, (0.5 * h).clamp(min=1e-3))
+    assert said.damping == 0
+
+
+def test_ltda_matches_its_formula_by_hand() -> None:
+    """Least squares with one output: H = XᵀX · 2/n, so v is its first row."""
+    model = nn.Linear(3, 1, bias=False).double()
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
+    optimizer = LTDA(model, lr=0.1, damping=0.5)
+    theta = model.weight.detach().clone()
+    v = (2 / 8 * x.T @ x)[0]
+    for _ in range(3):
+        gradient = 2 / 8 * (x @ theta.T - y).T @ x
+        theta = theta - 0.1 * gradient / (v**2 / v[0] + 0.5)
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        optimizer.measure(loss)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        torch.testing.assert_close(model.weight.detach(), theta)
+
+
+@pytest.mark.parametrize(
+    "misuse",
+    [
+        lambda: FOOF(network(), position_stride=0),
+        lambda: KFAC(network(), position_stride=0),
+        lambda: KFAC(network(), fisher="true"),
+        lambda: KFAC(network(), loss="hinge"),
+        lambda: Sophia(network(), loss="hinge"),
+        lambda: Sophia(network(), estimator="exact"),
+        lambda: Sophia(network(), gamma=0.0),
+        lambda: Sophia(network(), betas=(0.9, 1.0)),
+        lambda: Newton(network(), matrix="fisher"),
+        lambda: LTDA(network(), damping=-1.0),
+        lambda: FOOF(network(), clip=-1.0),
+        lambda: FOOF(network(), momentum=-0.1),
+        lambda: FOOF(network(), weight_decay=-0.1),
+        lambda: FOOF(network(), plain_lr=-0.1),
+    ],
+)
+def test_arguments_out_of_range(misuse: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=r"must be|unknown|allowed"):
+        misuse()
+
+
+def test_newton_without_damping_on_a_singular_hessian_says_so() -> None:
+    model = nn.Linear(4, 3).double()  # softmax regression: adding the same to all classes changes nothing
+    with pytest.raises(CurvatureError, match=r"layer 'model': .* is not positive definite, and its damping is 0"):
+        step(model, Newton(model))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("make", [OPTIMIZERS[name] for name in ("foof", "kfac", "sophia")])
+def test_a_step_on_cuda_does_not_wait_for_the_device(make: Make) -> None:
+    """But for inversions; also where factors are measured."""
+    model = network().cuda()
+    optimizer = make(model, refresh_interval=2)
+    batch = (data()[0].cuda(), data()[1].cuda())
+    step(model, optimizer, batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
