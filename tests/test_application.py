@@ -19,6 +19,7 @@ from fedpm_flwr.algorithms import get_algorithm, settings_without_effect
 from fedpm_flwr.config import ALGORITHMS, Config
 from fedpm_flwr.guarded import FailedRoundsError
 from fedpm_flwr.inline import run_inline
+from fedpm_flwr.optim import FOOF
 from fedpm_flwr.strategy import FedPM
 from fedpm_flwr.tasks import DataError, Examples, build_model, client_data, load_dataset
 from fedpm_flwr.tasks.partitions import _parts
@@ -231,11 +232,69 @@ def test_an_initial_model_that_does_not_fit_is_refused(name: str, tmp_path: Path
         run(tmp_path / "run", {"initial-model": str(path), "model": "mlp"})
 
 
+@pytest.mark.parametrize("kronecker_sum", ["exact", "factored"])
+def test_kfac_is_mixed(kronecker_sum: str, tmp_path: Path) -> None:
+    settings = {"optimizer": "kfac", "clip": 1.0, "kronecker-sum": kronecker_sum, "alpha": 10.0}
+    rows = run(tmp_path, {**settings, "num-server-rounds": 3})
+    assert [row["clients"] for row in rows] == [0, 3, 3, 3]
+    assert rows[-1]["test-loss"] < rows[0]["test-loss"] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "changes"),
+    [
+        ("sophia", {"learning-rate": 0.003}),
+        ("ltda", {"damping": 0.3, "learning-rate": 0.3}),
+        ("newton", {"dataset": "breast-cancer", "model": "linear"}),
+    ],
+)
+def test_diagonal_and_exact_curvature_is_mixed(optimizer: str, changes: Settings, tmp_path: Path) -> None:
+    settings = {"optimizer": optimizer, "num-server-rounds": 3, "alpha": 10.0, **changes}
+    rows = run(tmp_path, settings)
+    assert [row["clients"] for row in rows] == [0, 3, 3, 3]
+    assert rows[-1]["test-loss"] < rows[0]["test-loss"] - 0.05
+    # Fewer bytes than a second model of float32 for the diagonals; a triangle for Newton's.
+    averaged = run(tmp_path / "averaged", {**settings, "algorithm": "localnewton", "num-server-rounds": 1})
+    ratio = rows[1]["uplink-bytes"] / averaged[1]["uplink-bytes"]
+    assert ratio == pytest.approx(2.0, rel=0.05) if optimizer != "newton" else ratio > 10
+
+
+def test_every_optimizer_setting_reaches_the_optimizer() -> None:
+    config = Config(
+        learning_rate=0.3,
+        plain_learning_rate=0.6,
+        damping=0.7,
+        momentum=0.8,
+        weight_decay=0.01,
+        decoupled_weight_decay=True,
+        relative_damping=True,
+        clip=5.0,
+        ema=0.4,
+        refresh_interval=3,
+        inverse_interval=4,
+        position_stride=2,
+    )
+    model = build_model("lenet", (1, 16, 16), 10, 0)
+    optimizer = get_algorithm("fedpm").optimizer(config, model, "triangle-float64")
+    assert isinstance(optimizer, FOOF)
+    group = optimizer.param_groups[0]
+    names = ("lr", "plain_lr_scale", "damping", "momentum", "weight_decay")
+    assert [group[name] for name in names] == [0.3, 2.0, 0.7, 0.8, 0.01]
+    own = vars(optimizer)
+    assert (own["_decoupled"], own["_relative"], own["_clip"], own["_ema"]) == (True, True, 5.0, 0.4)
+    assert (own["_refresh"], own["_inverse"], own["_codec"].dtype) == (3, 4, torch.float64)
+    assert optimizer._estimator._stride == 2  # type: ignore[attr-defined]
+
+
 def test_settings_without_effect_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, {"algorithm": "localnewton", "weighting": "uniform", "damping": 0.2, "num-server-rounds": 1})
     said = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
     assert said == ["fedpm | weighting='uniform' has no effect: algorithm='localnewton' does not read it"]
     assert settings_without_effect(Config(weighting="uniform", damping=0.2)) == []
+    (line,) = settings_without_effect(Config(optimizer="sophia", damping=0.2, momentum=0.5, sophia_gamma=0.1))
+    assert line == "damping=0.2 has no effect: optimizer='sophia' does not read it"
+    (line,) = settings_without_effect(Config(algorithm="fedavg", optimizer="kfac", weight_decay=0.1))
+    assert line == "optimizer='kfac' has no effect: algorithm='fedavg' does not read it"
 
 
 def test_data_from_a_file_with_augmentation_read_once(tmp_path: Path) -> None:

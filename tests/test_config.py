@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpm_flwr import config as settings
-from fedpm_flwr.algorithms import REGISTRY
+from fedpm_flwr.algorithms import OPTIMIZERS, REGISTRY
 from fedpm_flwr.config import Config, ConfigError, describe
+from fedpm_flwr.estimators import FISHERS
 from fedpm_flwr.tasks.datasets import _LOADERS
 from fedpm_flwr.tasks.files import LOADERS
 from fedpm_flwr.tasks.models import _MODELS
@@ -25,6 +26,8 @@ def test_pyproject_has_every_setting_with_its_default() -> None:
 
 def test_the_names_that_config_allows_are_those_that_exist() -> None:
     assert set(settings.ALGORITHMS) == set(REGISTRY)
+    assert set(settings.OPTIMIZERS) == set(OPTIMIZERS)
+    assert set(settings.FISHERS) == set(FISHERS)
     assert set(settings.CODECS) == set(CODECS)
     assert set(settings.DATASETS) == set(_LOADERS)
     assert set(settings.FILES) == {f"{prefix}:" for prefix in LOADERS}

@@ -69,7 +69,8 @@ def newton_step(problem: Problem) -> Tensor:
     gradient = torch.func.grad(objective)(start).flatten()
     hessian: Tensor = torch.func.hessian(objective)(start).reshape(len(gradient), -1)
     damped = hessian + damping * torch.eye(len(gradient)).double()
-    return start - torch.linalg.solve(damped, gradient).reshape(start.shape)
+    step: Tensor = torch.linalg.solve(damped, gradient)
+    return start - step.reshape(start.shape)
 
 
 @pytest.mark.parametrize("matrix", ["hessian", "ggn"])  # equal for these losses

@@ -66,10 +66,8 @@ class Sum(Curvature):
             raise CurvatureError(f"a sum of {len(self.terms)} curvatures is not positive definite")
         if reached > 100 * TOLERANCE:
             _log.warning(
-                "fedpm | a sum of %d curvatures is solved to a residual of %.1g only, after %d iterations",
-                len(self.terms),
-                reached,
-                MAX_ITERATIONS,
+                "%sa sum of %d curvatures is solved to a residual of %s only, after %d iterations",
+                *("fedpm | ", len(self.terms), f"{reached:.1g}", MAX_ITERATIONS),
             )
         return found.to(rhs.dtype)
 
