@@ -10,7 +10,7 @@ from curvlinops import KFACLinearOperator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fedpm_flwr.curvature import Block, KroneckerRight
+from fedpm_flwr.curvature import Block, Diagonal, KroneckerRight
 from fedpm_flwr.estimators import InputCovariance
 
 
@@ -86,32 +86,143 @@ def test_equals_curvlinops_in_a_deep_network_with_batches_of_unequal_size() -> N
         torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
 
 
-def patches_by_convolution(layer: nn.Conv2d, images: Tensor) -> Tensor:
-    """Patches as the convolution itself sees them: its outputs for one-hot weights."""
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def patches_by_convolution(layer: Convolution, images: Tensor) -> Tensor:
+    """Patches as the convolution itself sees them, [groups, positions, side]: its outputs for one-hot weights."""
     size = layer.weight[0].numel()
-    probe = nn.Conv2d(
+    probe = type(layer)(
         layer.in_channels,
-        size,
+        layer.groups * size,
         layer.kernel_size,  # type: ignore[arg-type]
         layer.stride,  # type: ignore[arg-type]
         layer.padding,  # type: ignore[arg-type]
         layer.dilation,  # type: ignore[arg-type]
+        layer.groups,
         bias=False,
         padding_mode=layer.padding_mode,
     ).double()
-    probe.weight.data = torch.eye(size, dtype=torch.float64).reshape(size, *layer.weight.shape[1:])
-    patches: Tensor = probe(images).detach().movedim(1, -1).reshape(-1, size)
+    one_hot = torch.eye(size, dtype=torch.float64).reshape(size, *layer.weight.shape[1:])
+    probe.weight.data = one_hot.repeat(layer.groups, *[1] * (one_hot.ndim - 1))
+    patches: Tensor = probe(images).detach().movedim(1, -1).reshape(-1, layer.groups, size).movedim(1, 0)
     return patches
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", [1, "same", "valid"])
-def test_padding_modes(padding_mode: str, padding: int | str) -> None:
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_every_convolution(kind: type[Convolution], groups: int, padding: int | str, padding_mode: str) -> None:
+    """Any number of dimensions, groups, dilation, and stride where the padding allows it."""
     torch.manual_seed(2)
-    layer = nn.Conv2d(2, 3, (3, 2), padding=padding, padding_mode=padding_mode, bias=False).double()  # type: ignore[arg-type]
-    images = torch.randn(3, 2, 5, 6, dtype=torch.float64)
+    dimensions = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[kind]
+    kernel, dilation = (3, 2, 2)[:dimensions], (1, 2, 1)[:dimensions]
+    stride = 1 if padding == "same" else (2, 1, 1)[:dimensions]
+    layer = kind(4, 8, kernel, stride, padding, dilation, groups, False, padding_mode).double()  # type: ignore[arg-type]
+    images = torch.randn(3, 4, *(6, 5, 4)[:dimensions], dtype=torch.float64)
     patches = patches_by_convolution(layer, images)
-    torch.testing.assert_close(measure(nn.Sequential(layer), [images])["0"], patches.T @ patches / len(patches))
+    expected = patches.mT @ patches / patches.shape[1]
+    found = measure(nn.Sequential(layer), [images])["0"]
+    torch.testing.assert_close(found, expected if groups > 1 else expected[0])
+    alone = measure(nn.Sequential(layer), list(images))["0"]  # without a batch dimension
+    torch.testing.assert_close(alone, found)
+
+
+def test_the_bias_of_a_grouped_convolution_is_a_column_of_each_group() -> None:
+    layer = nn.Conv1d(2, 2, 2, groups=2).double()
+    signals = torch.randn(3, 2, 5, dtype=torch.float64)
+    patches = patches_by_convolution(layer, signals)
+    expected = torch.stack([with_ones(each).T @ with_ones(each) / each.shape[0] for each in patches])
+    torch.testing.assert_close(measure(nn.Sequential(layer), [signals])["0"], expected)
+
+
+def test_with_a_position_stride_only_those_positions_count_another_part_each_time() -> None:
+    torch.manual_seed(3)
+    conv = nn.Conv2d(2, 3, 2, stride=2, padding=1, bias=False).double()
+    linear = nn.Linear(4, 1, bias=False).double()
+    images = torch.randn(3, 2, 9, 8, dtype=torch.float64)
+    sequences = torch.randn(3, 7, 4, dtype=torch.float64)
+    on_images, on_sequences = (InputCovariance(layer, position_stride=3) for layer in (conv, linear))
+    patches = patches_by_convolution(conv, images)[0].reshape(3, 5, 5, 8)
+    for start in (0, 1, 2, 0):
+        conv(images)
+        linear(sequences)
+        (moment,) = factors(on_images).values()
+        chosen = patches[:, start::3, start::3].reshape(-1, 8)
+        torch.testing.assert_close(moment, chosen.T @ chosen / len(chosen))
+        (moment,) = factors(on_sequences).values()
+        chosen = sequences[:, start::3].reshape(-1, 4)
+        torch.testing.assert_close(moment, chosen.T @ chosen / len(chosen))
+
+
+def test_an_embedding_counts_how_often_each_row_is_looked_up() -> None:
+    layer = nn.Embedding(5, 3).double()
+    characters = torch.tensor([[0, 1, 1, 4], [4, 4, 2, 1]])
+    estimator = InputCovariance(layer)
+    layer(characters)
+    layer(characters[:1, :2])
+    (P,) = estimator.collect().values()
+    assert isinstance(P, Diagonal)
+    one_hot = torch.nn.functional.one_hot(torch.cat([characters.flatten(), torch.tensor([0, 1])]), 5).double()
+    gram = one_hot.T @ one_hot / 10
+    torch.testing.assert_close(torch.diag(P.values[:, 0]), gram)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_has_one_factor_for_its_packed_projection_or_one_of_each_input(batch_first: bool) -> None:
+    attention = nn.MultiheadAttention(4, 2, batch_first=batch_first).double()
+    with pytest.warns(UserWarning, match=r"no curvature for out_proj \(NonDynamicallyQuantizableLinear\)"):
+        estimator = InputCovariance(attention)
+    assert [block.parameters for block in estimator.blocks] == [("in_proj_weight", "in_proj_bias")]
+    x, memory = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(3, 5, 4, dtype=torch.float64)
+    attention(x, x, x)
+    (alike,) = factors(estimator).values()
+    torch.testing.assert_close(alike, mean_of(x))
+    attention(x, key=memory, value=2 * memory)
+    (apart,) = factors(estimator).values()
+    torch.testing.assert_close(apart, torch.stack([mean_of(x), mean_of(memory), mean_of(2 * memory)]))
+    attention(x, x, x)
+    attention(x, memory, memory)
+    (both,) = factors(estimator).values()
+    torch.testing.assert_close(both[0], mean_of(x))
+    torch.testing.assert_close(both[1], (mean_of(x) + mean_of(memory)) / 2)
+
+
+def test_the_packed_projections_factor_is_that_of_three_linear_layers() -> None:
+    """What attention does with its packed weight is x ↦ x Wᵀ + b: the gradient by it is Σ b xᵀ of the three."""
+    torch.manual_seed(5)
+    attention = nn.MultiheadAttention(4, 1, batch_first=True).double()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    captured: list[Tensor] = []
+    projected = torch.nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+    projected.register_hook(captured.append)  # type: ignore[no-untyped-call]
+    q, k, v = projected.chunk(3, dim=-1)
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    attention.out_proj(attended).square().sum().backward()
+    by_hand = attention.in_proj_weight.grad
+    attention.zero_grad()
+    attention(x, x, x)[0].square().sum().backward()
+    torch.testing.assert_close(attention.in_proj_weight.grad, by_hand)
+    torch.testing.assert_close(by_hand, torch.einsum("nto,nti->oi", captured[0], x))
+
+
+def mean_of(x: Tensor) -> Tensor:
+    rows = with_ones(x.reshape(-1, x.shape[-1]))
+    return rows.T @ rows / len(rows)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 2), nn.Conv1d(3, 2, 1), nn.Embedding(3, 2)])
+def test_an_empty_batch_counts_nothing_and_one_example_is_measured(layer: nn.Module) -> None:
+    one = torch.ones(1, 3, dtype=torch.long) if isinstance(layer, nn.Embedding) else torch.ones(1, 3, 3)
+    estimator = InputCovariance(layer)
+    layer(one[:0])
+    assert estimator.collect() == {}
+    layer(one[:0])
+    layer(one)
+    (P,) = estimator.collect().values()
+    assert all(torch.isfinite(part).all() for part in P.parts().values())
 
 
 def test_inputs_with_more_or_fewer_dimensions() -> None:

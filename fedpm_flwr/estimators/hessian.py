@@ -77,7 +77,7 @@ class ExactHessian:
                 (curved,) = torch.autograd.grad(
                     slope, outputs, directions, retain_graph=True, is_grads_batched=True
                 )
-                matrix = curved.flatten(1) @ jacobian
+                matrix = curved.flatten(1).to(jacobian.dtype) @ jacobian
         matrix = (matrix + matrix.T) / 2
         self._measured.append(Dense(matrix if matrix.dtype == torch.float64 else matrix.float()))
 

@@ -111,6 +111,8 @@ class InputCovariance:
             return
         moments = self._moments[layer.block]
         inputs = list(inputs_of(module, args, kwargs))
+        if not all(x.numel() for x in inputs):
+            return
         alike = all(x is inputs[0] for x in inputs)
         with torch.autocast(inputs[0].device.type, enabled=False):
             sums = [self._sum(layer, module, x) for x in (inputs[:1] if alike else inputs)]
