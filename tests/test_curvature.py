@@ -225,6 +225,16 @@ def test_float32_that_fails_is_solved_in_float64() -> None:
     assert torch.allclose(found, torch.eye(5)[:1], atol=1e-3)
 
 
+def test_a_kronecker_product_that_float32_cannot_tell_from_singular_is_inverted_in_float64() -> None:
+    large = torch.diag(torch.tensor([1e4, 0.0]))
+    P = Kronecker(large, large).damped(1.0)  # eigenvalues 1e8 and 1: of condition 1e8, too much for float32
+    found = P.solve(torch.ones(2, 2))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.tensor([[1e-8, 1.0], [1.0, 1.0]]))
+    with pytest.raises(CurvatureError, match="not positive definite"):
+        Kronecker(large, large).damped(1e-9).inverse()
+
+
 @pytest.mark.parametrize("shape", [(2, 3), (4,)])
 def test_a_factor_must_be_square(shape: tuple[int, ...]) -> None:
     one = torch.eye(2)

@@ -1,5 +1,7 @@
 """The exact Hessian and Gauss-Newton matrix against curvlinops and torch.func."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,16 +11,20 @@ from torch import Tensor, nn
 from fedpm_flwr.curvature import Dense, from_matrix, to_matrix
 from fedpm_flwr.estimators import ExactHessian, absolute
 
-MODELS = {
+
+class Signal(nn.Module):
+    """Features as a signal of one channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, None]
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
     "logistic": lambda: nn.Linear(4, 2),
     "softmax without bias": lambda: nn.Linear(4, 3, bias=False),
     "mlp": lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)),
     "convolution": lambda: nn.Sequential(
-        nn.Unflatten(1, (1, 4)),  # type: ignore[no-untyped-call]  # torch does not annotate it
-        nn.Conv1d(1, 2, 2),
-        nn.Sigmoid(),
-        nn.Flatten(),
-        nn.Linear(6, 2),
+        Signal(), nn.Conv1d(1, 2, 2), nn.Sigmoid(), nn.Flatten(), nn.Linear(6, 2)
     ),
 }
 

@@ -12,6 +12,7 @@ from .identity import Identity
 from .linalg import (
     MARGIN,
     add_to_diagonal,
+    at_least_float32,
     block_diagonal,
     check_square,
     check_trace,
@@ -59,12 +60,15 @@ class Kronecker(Curvature):
         return self.inverse().matmul(rhs)
 
     def inverse(self) -> "KroneckerBasis":
-        (left, left_basis), (right, right_basis) = eigh(self.left), eigh(self.right)
-        values = self._eigenvalues(left, right)
-        least = torch.finfo(values.dtype).eps * max(values.shape[-2:]) * values.abs().amax()
-        if not (values.amin() > least and torch.isfinite(values).all()):
-            raise CurvatureError(self._not_definite())
-        return KroneckerBasis(left_basis, right_basis, 1 / values)
+        """P⁻¹ by the factors' eigenvalues: in float32 at least, and once more in float64 where that fails."""
+        own = at_least_float32(self.left).dtype
+        for dtype in dict.fromkeys((own, torch.float64)):
+            (left, left_basis), (right, right_basis) = eigh(self.left.to(dtype)), eigh(self.right.to(dtype))
+            values = self._eigenvalues(left, right)
+            least = torch.finfo(dtype).eps * max(values.shape[-2:]) * values.abs().amax()
+            if values.amin() > least and torch.isfinite(values).all():
+                return KroneckerBasis(left_basis, right_basis, 1 / values).to(own)
+        raise CurvatureError(self._not_definite())
 
     def damped(self, damping: float) -> "Kronecker":
         return replace(self, shift=self.shift + damping)
