@@ -75,9 +75,9 @@ class Curvature(Operator):
     def scaled(self, factor: float) -> "Curvature":
         """c·P."""
 
-    @abstractmethod
     def plus_closed(self, other: "Curvature") -> "Curvature | None":
-        """P + Q where this kind knows a kind that holds the sum, else None."""
+        """P + Q where this kind knows a kind that holds the sum, else None; Q's own answer counts as well."""
+        return None
 
     @abstractmethod
     def diagonal(self, rows: int, columns: int) -> Tensor:

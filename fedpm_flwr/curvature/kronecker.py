@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 
 from .base import Curvature, CurvatureError, Operator
-from .dense import Dense
-from .identity import Identity
 from .linalg import (
     MARGIN,
     add_to_diagonal,
@@ -75,14 +73,6 @@ class Kronecker(Curvature):
 
     def scaled(self, factor: float) -> "Kronecker":
         return replace(self, weight=self.weight * factor, shift=self.shift * factor)
-
-    def plus_closed(self, other: Curvature) -> Curvature | None:
-        match other:
-            case Identity(scale=scale):
-                return self.damped(scale)
-            case Dense():
-                return other.plus_closed(self)
-        return None
 
     def diagonal(self, rows: int, columns: int) -> Tensor:
         left, right = (m.diagonal(dim1=-2, dim2=-1) for m in (self.left, self.right))

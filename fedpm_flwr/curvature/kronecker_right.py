@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .base import Curvature, CurvatureError
-from .dense import Dense
-from .identity import Identity
 from .linalg import (
     add_to_diagonal,
     block_diagonal,
@@ -56,17 +54,12 @@ class KroneckerRight(Curvature):
         return KroneckerRight(self.factor * factor)
 
     def plus_closed(self, other: Curvature) -> Curvature | None:
-        match other:
-            case KroneckerRight(factor=factor):
-                side = self.factor.shape[-1]
-                if factor.shape[-1] != side:
-                    raise CurvatureError(f"{list(factor.shape)} met a Kronecker factor of side {side}")
-                return KroneckerRight(self.factor + factor)
-            case Identity(scale=scale):
-                return self.damped(scale)
-            case Dense():
-                return other.plus_closed(self)
-        return None
+        if not isinstance(other, KroneckerRight):
+            return None
+        side = self.factor.shape[-1]
+        if other.factor.shape[-1] != side:
+            raise CurvatureError(f"{list(other.factor.shape)} met a Kronecker factor of side {side}")
+        return KroneckerRight(self.factor + other.factor)
 
     def diagonal(self, rows: int, columns: int) -> Tensor:
         each = self.factor.diagonal(dim1=-2, dim2=-1).reshape(-1, 1, columns)

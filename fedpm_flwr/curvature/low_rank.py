@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 
 from .base import Curvature, CurvatureError, Operator
-from .dense import Dense
-from .identity import Identity
 from .kronecker_right import KroneckerRight
 from .linalg import MARGIN, add_to_diagonal, check_trace, cholesky, promoted
 
@@ -80,9 +78,7 @@ class LowRank(Curvature):
                 self._check(basis.mT)
                 total = LowRank(self.floor + floor, torch.cat([self.basis, basis], dim=1))
                 return total if total._is_low() else total.to_factor()
-            case Identity(scale=scale):
-                return self.damped(scale)
-            case KroneckerRight() | Dense():
+            case KroneckerRight():
                 return other.plus_closed(self.to_factor())
         return None
 
