@@ -380,6 +380,19 @@ def test_newton_goes_downhill_where_the_hessian_is_indefinite() -> None:
     torch.testing.assert_close(model.w.detach(), torch.tensor([0.0, 1.0], dtype=torch.float64), atol=1e-5, rtol=0)
 
 
+def test_newton_steps_the_others_where_a_parameter_is_not_used() -> None:
+    x, y = torch.randn(20, 4, dtype=torch.float64), torch.randn(20, 1, dtype=torch.float64)
+    used, unused = nn.Linear(4, 1, bias=False).double(), nn.Linear(2, 2).double()
+    optimizer = Newton(nn.ModuleList([used, unused]), damping=1e-12)
+    idle = unused.weight.clone()
+    loss = F.mse_loss(used(x), y)
+    optimizer.measure(loss)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    torch.testing.assert_close(used.weight.detach(), torch.linalg.lstsq(x, y).solution.T)
+    assert torch.equal(unused.weight, idle)
+
+
 def test_newton_of_a_large_model_is_refused() -> None:
     with pytest.raises(ValueError, match="an exact matrix of 10100 parameters, more than 8192"):
         Newton(nn.Linear(100, 100))

@@ -21,6 +21,8 @@ class Newton(SecondOrder):
         max_factor_side: the largest number of parameters.
     """
 
+    _fills_gradients = True  # a parameter that the loss does not depend on is no reason not to step the others
+
     def __init__(
         self,
         model: nn.Module,

@@ -65,6 +65,9 @@ class SecondOrder(torch.optim.Optimizer):
         CurvatureError: in ``step``, if λ is 0 and P singular, or P is not finite; names the layer.
     """
 
+    _fills_gradients = False
+    """Whether a block that lacks some of its gradients is stepped as if they were 0, or by plain steps."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -124,7 +127,7 @@ class SecondOrder(torch.optim.Optimizer):
                 loss = closure()
         for block, measured in self._estimator.collect().items():
             self._update(self._state_of(block), measured)
-        groups = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
+        groups = {p: group for group in self.param_groups for p in group["params"]}
         updates = self._updates(groups)
         if self._clip and updates:
             norm = torch.linalg.vector_norm(torch.stack([u.float().norm() for u in updates.values()]))
@@ -201,14 +204,15 @@ class SecondOrder(torch.optim.Optimizer):
 
     def _updates(self, groups: dict[nn.Parameter, dict[str, Any]]) -> dict[nn.Parameter, Tensor]:
         """What each parameter is to be moved by, but for its learning rate: P⁻¹g, or g."""
-        gradients = {p: self._gradient(p, group) for p, group in groups.items()}
+        gradients = {p: self._gradient(p, group) for p, group in groups.items() if p.grad is not None}
         updates: dict[nn.Parameter, Tensor] = {}
         for block in self._estimator.blocks:
             owned = [self._parameters[key] for key in block.parameters]
             state = self._state_of(block)
-            if all(p in gradients for p in owned) and self._is_measured(block, state):
+            given = [p in gradients for p in owned]
+            if (all(given) or (self._fills_gradients and any(given))) and self._is_measured(block, state):
                 self._prepare(block, state, groups[owned[0]])
-                gradient = to_matrix([gradients.pop(p) for p in owned])
+                gradient = to_matrix([gradients.pop(p, torch.zeros_like(p)) for p in owned])
                 matrix = self._precondition(state, gradient, groups[owned[0]])
                 updates |= zip(owned, from_matrix(matrix, [p.shape for p in owned]), strict=True)
         return updates | {p: g * groups[p]["plain_lr_scale"] for p, g in gradients.items()}
