@@ -112,7 +112,6 @@ class KroneckerFactors:
         else:  # the place in the graph, not the tensor: an activation may change that in place
             self._pending.append((layer, module, torch.autograd.graph.get_gradient_edge(output)))
 
-    @torch.no_grad()
     def _after_forward(self, model: nn.Module, args: object, outputs: object) -> None:
         if not self.recording:
             return
