@@ -9,7 +9,8 @@ A cycle of many steps with few measurements of curvature and fewer inversions is
 plain, refreshing and inverting steps are timed each for itself, and averaged by their shares of a cycle.
 
 Columns: step_ratio, the time of a step over that of SGD, median over the rounds of turns, and spread, the
-largest minus the least over these rounds; step_ms, plain_ms, refresh_ms, inverting_ms, the time of a step on
+largest minus the least over these rounds; least_ratio, the same by the fastest step of each kind, which a busy
+machine disturbs less; step_ms, plain_ms, refresh_ms, inverting_ms, the time of a step on
 average and of each kind (median); peak_mb, the most memory that the process takes beyond its libraries, on
 CUDA that of torch's tensors.
 """
@@ -142,10 +143,8 @@ def measure(cases: Sequence[Case], shares: dict[str, float], repeats: int, inver
             for times, worker in zip(rounds, workers, strict=True):
                 times[0]["inverting"] += _ask(worker, INVERSE)["inverting"]
         peaks = [_ask(worker, None)["peak_mb"][0] for worker in workers]
-    first = _averages(rounds[0], shares)
     return [
-        _row(case, times, _averages(times, shares), first, peak)
-        for case, times, peak in zip(cases, rounds, peaks, strict=True)
+        _row(case, shares, times, rounds[0], peak) for case, times, peak in zip(cases, rounds, peaks, strict=True)
     ]
 
 
@@ -161,8 +160,14 @@ def _averages(rounds: Sequence[Times], shares: dict[str, float]) -> list[float]:
     ]
 
 
-def _row(case: Case, rounds: Sequence[Times], own: Sequence[float], first: Sequence[float], peak: float) -> Row:
-    ratios = [a / b for a, b in zip(own, first, strict=True)]
+def _least(rounds: Sequence[Times], shares: dict[str, float]) -> float:
+    """Seconds of a step on average by the fastest step of each kind."""
+    return sum(share * min(min(times[kind]) for times in rounds if times[kind]) for kind, share in shares.items())
+
+
+def _row(case: Case, shares: dict[str, float], rounds: Sequence[Times], sgd: Sequence[Times], peak: float) -> Row:
+    own = _averages(rounds, shares)
+    ratios = [a / b for a, b in zip(own, _averages(sgd, shares), strict=True)]
 
     def milliseconds(kind: str) -> float:
         return _rounded(1e3 * statistics.median(seconds for times in rounds for seconds in times[kind]))
@@ -173,6 +178,7 @@ def _row(case: Case, rounds: Sequence[Times], own: Sequence[float], first: Seque
         "method": case.method,
         "step_ratio": _rounded(statistics.median(ratios)),
         "spread": _rounded(max(ratios) - min(ratios)),
+        "least_ratio": _rounded(_least(rounds, shares) / _least(sgd, shares)),
         "step_ms": _rounded(1e3 * statistics.median(own)),
         **{f"{kind}_ms": milliseconds(kind) for kind in ("plain", "refresh", "inverting")},
         "peak_mb": _rounded(peak),

@@ -31,6 +31,7 @@ def test_a_row_for_each_method(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert row["step_ms"] == pytest.approx(mean, rel=1e-2)
         assert row["step_ratio"] == pytest.approx(row["step_ms"] / rows[0]["step_ms"], rel=1e-2)
         assert row["spread"] == 0.0
+        assert row["least_ratio"] > 0.0
         assert row["peak_mb"] > 0.0
     sgd, foof = rows[:2]
     assert foof["inverting_ms"] > sgd["inverting_ms"]
