@@ -13,9 +13,9 @@ import torch
 Row = Mapping[str, str | int | float | None]
 
 
-def publish(name: str, rows: Sequence[Row], output: Path | None = None, **more: Any) -> None:
-    """Print the rows, write them with command and machine to ``output``, print the line RESULT."""
-    print(format_table(rows), flush=True)
+def publish(name: str, rows: Sequence[Row], output: Path | None = None, foot: str = "", **more: Any) -> None:
+    """Print the rows and a foot, write the rows with command and machine to ``output``, print the line RESULT."""
+    print(format_table(rows) + (f"\n\n{foot}" if foot else ""), flush=True)
     document = {"benchmark": name, "command": " ".join(sys.argv[1:]), "machine": machine(), **more, "rows": rows}
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

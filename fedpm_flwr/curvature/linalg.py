@@ -27,7 +27,7 @@ def cholesky(matrix: Tensor) -> Tensor:
     lower, info = torch.linalg.cholesky_ex(matrix)
     if info.any() and matrix.dtype != torch.float64:
         lower, info = torch.linalg.cholesky_ex(matrix.double())
-    if info.any() or not torch.isfinite(lower).all():
+    if info.any() or not lower.sum(-1).isfinite().all():
         raise CurvatureError(f"a matrix of side {matrix.shape[-1]} is not positive definite")
     return lower
 
@@ -98,7 +98,9 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def add_to_diagonal(matrix: Tensor, number: float) -> Tensor:
     """M + cI."""
-    return matrix + number * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    matrix = matrix.clone()
+    matrix.diagonal(dim1=-2, dim2=-1).add_(number)
+    return matrix
 
 
 def grouped(delta: Tensor, factor: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from ..curvature import Block, Curvature, Diagonal, KroneckerRight
 from .hooks import Handles, Hook, unwrapped
 from .layers import Layer, find_layers, inputs_of, rows_of
 
+_STRIP = 512
+
 
 @dataclass
 class _Moments:
@@ -132,7 +134,7 @@ class InputCovariance:
             return ones.new_zeros(module.num_embeddings).index_add_(0, x.flatten(), ones), x.numel()
         x = rows_of(module, x.detach(), self._stride, self._measured)
         x = x if x.dtype == torch.float64 else x.float()
-        gram = x.mT @ x
+        gram = _gram(x)
         if layer.has_bias:  # as if x had a one appended, without copying it
             gram = F.pad(gram, (0, 1, 0, 1))
             gram[..., -1, :-1] = gram[..., :-1, -1] = x.sum(dim=-2)
@@ -140,8 +142,22 @@ class InputCovariance:
         return gram, x.shape[-2]
 
 
+def _gram(x: Tensor) -> Tensor:
+    """xᵀx, of which only one triangle is computed, strip by strip: for a large side half of the work."""
+    side = x.shape[-1]
+    if side <= _STRIP:
+        return x.mT @ x
+    gram = x.new_empty(*x.shape[:-2], side, side)
+    for start in range(0, side, _STRIP):
+        end = start + _STRIP
+        gram[..., start:end, start:] = x[..., start:end].mT @ x[..., start:]
+        gram[..., end:, start:end] = gram[..., start:end, end:].mT
+    return gram
+
+
 def _curvature(moments: _Moments) -> Curvature:
-    means = [total / max(count, 1) for total, count in zip(moments.totals, moments.counts, strict=True)]
+    totals = moments.totals[:1] if moments.alike else moments.totals
+    means = [total.div_(max(count, 1)) for total, count in zip(totals, moments.counts, strict=False)]
     if means[0].ndim == 1:
         return Diagonal(means[0][:, None])
     return KroneckerRight(means[0] if moments.alike else torch.stack(means))
