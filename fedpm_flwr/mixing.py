@@ -19,6 +19,7 @@ from .curvature import (
     Kronecker,
     LayerCurvature,
     Spill,
+    Sum,
     from_matrix,
     mean_factors,
     plus,
@@ -74,9 +75,12 @@ class LayerMixer:
         self.weight += weight
 
     def _plus(self, total: Curvature, added: Curvature) -> Curvature:
-        match total, added:
-            case Kronecker(left=left), Kronecker(left=other) if self._factored and left.shape == other.shape:
-                return mean_factors(total, added)
+        if self._factored and isinstance(added, Kronecker):
+            terms = total.terms if isinstance(total, Sum) else (total,)
+            for place, term in enumerate(terms):
+                if isinstance(term, Kronecker) and term.left.shape == added.left.shape:
+                    mean = mean_factors(term, added)
+                    return Sum((*terms[:place], mean, *terms[place + 1 :])) if len(terms) > 1 else mean
         return plus(total, added)
 
     def step(self) -> Tensor:
@@ -87,6 +91,8 @@ class LayerMixer:
         """
         if self._total is None or self._moved is None:
             raise CurvatureError("there is no client to mix")
+        if self._factored and isinstance(self._total, Kronecker):
+            return self._total.inverse(clamped=True).matmul(self._moved)
         return self._total.solve(self._moved)
 
 

@@ -199,16 +199,84 @@ def test_a_kronecker_product_of_singular_factors_needs_damping(damping: float, p
 
 def test_a_kronecker_product_of_two_indefinite_factors_is_refused() -> None:
     indefinite = torch.diag(torch.tensor([2.0, -1.0], dtype=torch.float64))
+    for damping in (1.0, 3.0):  # however much it is damped: a second moment has no negative eigenvalue
+        with pytest.raises(CurvatureError, match="not positive definite"):
+            Kronecker(indefinite, indefinite).damped(damping).check_positive_definite()
+
+
+def test_a_kronecker_product_with_a_factor_of_zeros_is_its_damping() -> None:
+    zeros, ones = torch.zeros(2, 2, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    for curvature in (Kronecker(zeros, ones), Kronecker(ones, zeros)):
+        curvature.damped(0.1).check_positive_definite()
+        delta = torch.ones(len(curvature.left), len(curvature.right), dtype=torch.float64)
+        torch.testing.assert_close(curvature.damped(0.1).solve(delta), 10 * delta)
+        with pytest.raises(CurvatureError, match="a matrix of trace 0"):
+            curvature.check_positive_definite()
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-6, 1e6, 1e18])
+def test_how_a_client_scales_its_two_factors_changes_nothing(
+    scale: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = torch.Generator().manual_seed(12)
+    clients = [random_curvature("kronecker", generator, 1e4).damped(1e-3) for _ in range(4)]
+    rhs = torch.randn(ROWS, COLUMNS, dtype=torch.float64, generator=generator)
+    first = clients[0]
+    assert isinstance(first, Kronecker)
+    other = Kronecker(first.left * scale, first.right / scale, first.weight, first.shift)
+    results = [weighted_sum([1.0] * 4, [one, *clients[1:]]).solve(rhs) for one in (first, other)]
+    assert relative_error(results[1], results[0]) < 1e-8
+    assert "solved to a residual" not in caplog.text
+    means = []
+    for one in (first, other):
+        assert isinstance(clients[1], Kronecker)
+        means.append(mean_factors(one, clients[1]).to_dense(SIZE))
+    assert relative_error(means[1], means[0]) < 1e-12
+
+
+def test_a_sum_that_is_singular_or_indefinite_is_an_error() -> None:
+    half = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    rows = Diagonal(torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64))
+    turned = Diagonal(torch.tensor([[1.0], [1.0]], dtype=torch.float64))
+    indefinite = Kronecker(torch.diag(torch.tensor([1.0, -2.0], dtype=torch.float64)), torch.eye(2).double())
+    rhs = torch.ones(2, 2, dtype=torch.float64)
+    for total in (plus(Kronecker(half, torch.eye(2).double()), rows), plus(indefinite, turned)):
+        with pytest.raises(CurvatureError, match="not positive definite"):
+            total.solve(rhs)
+        with pytest.raises(CurvatureError):
+            total.check_positive_definite()
+    assert torch.equal(plus(indefinite.damped(3.0), turned).solve(torch.zeros(2, 2)), torch.zeros(2, 2))
+
+
+def test_stacks_of_different_groups_are_summed_all_the_same() -> None:
+    """As a broken client may send them: 2 and 3 groups of 6 rows, and none."""
+    generator = torch.Generator().manual_seed(13)
+    forms = [KroneckerRight(torch.stack([spd(COLUMNS, generator) for _ in range(g)])) for g in (2, 3, 1, 3, 2)]
+    total = weighted_sum([1.0] * 5, forms)
+    expected = sum(form.to_dense(SIZE) for form in forms)
+    assert relative_error(total.to_dense(SIZE), expected) < 1e-12  # type: ignore[arg-type]
+    rhs = torch.randn(ROWS, COLUMNS, dtype=torch.float64, generator=generator)
+    assert relative_error(total.matmul(total.solve(rhs)), rhs) < 1e-10
+
+
+def test_low_rank_is_solved_without_its_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = LowRank(torch.ones(8).double(), torch.randn(8, 2).double())
+    rhs = torch.randn(3, 8, dtype=torch.float64)
+    expected = few.to_factor().solve(rhs)
+    monkeypatch.setattr(LowRank, "to_factor", None)
+    torch.testing.assert_close(few.solve(rhs), expected)
+
+
+def test_a_diagonal_whose_inverse_overflows_is_an_error() -> None:
     with pytest.raises(CurvatureError, match="not positive definite"):
-        Kronecker(indefinite, indefinite).damped(1.0).check_positive_definite()
-    Kronecker(indefinite, indefinite).damped(3.0).check_positive_definite()
+        Diagonal(torch.tensor([[1.0, 1e-42]])).inverse()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-101, 1e101, float("inf"), float("nan")])
 def test_a_matrix_of_no_size_to_compute_with_is_refused(scale: float) -> None:
     one = scale * torch.ones(1, 1, dtype=torch.float64)
     for curvature in (KroneckerRight(one), Kronecker(one, one), LowRank(one[0], one), Diagonal(one)):
-        with pytest.raises(CurvatureError, match=r"a matrix of trace|a diagonal from"):
+        with pytest.raises(CurvatureError, match=r"a matrix of trace|a diagonal from|not positive definite"):
             curvature.check_positive_definite()
 
 

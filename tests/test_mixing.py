@@ -6,7 +6,8 @@ With η_s = 1, the mixed model is
     I4  θ' , if all θᵢ = θ', whatever the Pᵢ and however they were compressed
     I5  unchanged, if clients are reordered or all Pᵢ scaled by one constant
     I6  the minimiser of Σ wᵢ ‖ϑ − θᵢ‖²_Pᵢ, always
-(I1, the Newton step, is in test_least_squares.py.)
+I1 is here at the level of one layer; through a whole round it is in test_least_squares.py and
+test_newton_step.py.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from fedpm_flwr.curvature import (
     Identity,
     KroneckerRight,
     LayerCurvature,
+    Sum,
     to_matrix,
     weighted_sum,
 )
@@ -91,6 +93,23 @@ def clients(draw: st.DrawFn, count: st.SearchStrategy[int] = ANY_NUMBER) -> Clie
         weights=[float(w) for w in torch.randint(1, 1000, (number,), generator=generator)],
         tolerance=max(1e-10, 10 * EPSILON * condition),
     )
+
+
+@given(clients(), st.floats(0.1, 1.0), st.floats(0.1, 1.0))
+def test_i1_one_step_each_is_one_step_by_the_mean_curvature(given: Clients, eta: float, server: float) -> None:
+    """θᵢ = θ − η Pᵢ⁻¹gᵢ gives θ − η η_s (Σ wᵢPᵢ)⁻¹ Σ wᵢgᵢ, by dense matrices."""
+    gradients = given.models  # any numbers
+    given.models = [given.theta - eta * P.solve(g) for P, g in zip(given.curvatures, gradients, strict=True)]
+    size = ROWS * COLUMNS
+    total = torch.zeros(size, size, dtype=torch.float64)
+    pull = torch.zeros(size, dtype=torch.float64)
+    for w, P, g in zip(given.weights, given.curvatures, gradients, strict=True):
+        total += w * P.to_dense(size).double()
+        pull += w * g.flatten()
+    found = mix(given.theta, given.models, given.curvatures, given.weights, server)
+    step = torch.linalg.solve(total, pull).reshape(given.theta.shape)
+    # A client's own solve, the mixing and the dense solve each lose what the condition takes.
+    assert relative_error(found - given.theta, -eta * server * step) < 100 * given.tolerance
 
 
 @given(clients())
@@ -297,3 +316,16 @@ def test_tied_parameters_stay_tied() -> None:
     assert torch.equal(result["one"], torch.full((1, 2), 0.75))
     assert torch.equal(result["two"], result["one"])
     assert torch.equal(result["other"], torch.ones(1, 2))
+
+
+def test_the_factored_sum_keeps_no_client_beside_other_kinds_either() -> None:
+    theta = model_of(torch.zeros(ROWS, COLUMNS, dtype=torch.float64))
+    mixer = ModelMixer(theta, factored=True)
+    odd = LayerCurvature(BLOCK, random_curvature("diagonal", torch.Generator().manual_seed(1)), 0.1)
+    mixer.add(model_of(torch.ones(ROWS, COLUMNS, dtype=torch.float64)), [odd], 1.0)
+    for client in kronecker_clients(5):
+        mixer.add(*client)
+    total = mixer._mixers[BLOCK]._total
+    assert isinstance(total, Sum)
+    assert len(total.terms) == 2
+    assert all(torch.isfinite(value).all() for value in mixer.result().values())

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Krum, Strategy
 from torch import Tensor, nn
 
 from fedpm_flwr import messages
-from fedpm_flwr.curvature import Block, KroneckerRight, LayerCurvature
+from fedpm_flwr.curvature import Block, KroneckerRight, LayerCurvature, Spill
+from fedpm_flwr.optim import KFAC
 from fedpm_flwr.strategy import FedPM
 from fedpm_flwr.wire import encode
 
-from .apps import federate, regression_client, reply_with
+from .apps import federate, full_batch_client, half_squared_error, regression_client, reply_with
 
 
 def make_model() -> nn.Linear:
@@ -385,6 +387,27 @@ def test_a_mixture_that_is_not_finite_keeps_the_model(caplog: pytest.LogCaptureF
 def test_wrong_arguments_are_named(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FedPM(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("memory", "kronecker_sum", "spilled"), [(0, "exact", True), (0, "factored", False)])
+def test_kronecker_factors_beyond_the_memory_go_to_disk(
+    memory: int, kronecker_sum: str, spilled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Spill] = []
+    monkeypatch.setattr(Spill, "__init__", noting(Spill.__init__, kept))
+    client = full_batch_client(data, make_model, half_squared_error, partial(KFAC, loss="mse", damping=0.1))
+    strategy = FedPM(max_factor_memory=memory, kronecker_sum=kronecker_sum)
+    result = federate(client, strategy, make_model(), 3)
+    assert len(result.train_metrics_clientapp) == 1
+    assert any(spill.spilled for spill in kept) == spilled
+
+
+def noting(original: Callable[..., None], kept: list[Spill]) -> Callable[..., None]:
+    def init(self: Spill, *arguments: Any) -> None:
+        original(self, *arguments)
+        kept.append(self)
+
+    return init
 
 
 def test_summary_names_the_settings(caplog: pytest.LogCaptureFixture) -> None:

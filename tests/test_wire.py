@@ -12,6 +12,7 @@ from safetensors.torch import save
 from fedpm_flwr.curvature import (
     KINDS,
     Block,
+    Curvature,
     Dense,
     Diagonal,
     Identity,
@@ -257,6 +258,23 @@ def test_a_tensor_that_lies_about_itself(field: str, lie: object) -> None:
     header["0.factor.triangle"][field] = lie
     with pytest.raises(PayloadError):
         decode(with_header(header, honest[8 + length :]), SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("curvature", "side"),
+    [
+        (KroneckerRight(torch.eye(6)), 6),
+        (KroneckerRight(torch.eye(6).expand(4, 6, 6)), 12),  # as many numbers as a matrix of this side
+        (Dense(torch.eye(24)), 24),
+        (Kronecker(torch.eye(4), torch.eye(6)), 6),
+        (LowRank(torch.ones(6), torch.ones(6, 1)), 6),  # a sum of which may become a matrix
+    ],
+)
+def test_a_matrix_over_the_limit_is_refused_unread(curvature: Curvature, side: int) -> None:
+    data = encode([LayerCurvature(Block("l", ("w",)), curvature, 0.0)], "triangle-float32")
+    assert len(decode(data, {"w": (4, 6)}, max_side=side)) == 1
+    with pytest.raises(PayloadError, match=f"layer 'l': side {side}, more than the {side - 1} allowed"):
+        decode(data, {"w": (4, 6)}, max_side=side - 1)
 
 
 def test_a_payload_over_the_limit_is_refused_unread() -> None:

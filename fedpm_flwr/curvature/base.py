@@ -1,6 +1,7 @@
 """The interface of every preconditioner P."""
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Self
@@ -94,6 +95,11 @@ class Curvature(Operator):
         Raises:
             CurvatureError: P is indefinite, or singular as far as its dtype can tell.
         """
+
+    @classmethod
+    def side(cls, shapes: Mapping[str, Sequence[int]]) -> int:
+        """The side of the square matrix that has as many numbers as the largest symmetric part of these shapes."""
+        return max((math.isqrt(math.prod(shapes[part]) - 1) + 1 for part in cls.symmetric), default=0)
 
     @classmethod
     @abstractmethod

@@ -39,10 +39,11 @@ class Diagonal(Curvature):
         return self.inverse().matmul(rhs)
 
     def inverse(self) -> "Diagonal":
-        if not (self.values > 0).all():
+        inverse = 1 / self.values
+        if not ((self.values > 0) & inverse.isfinite()).all():
             least = float(self.values.min())
             raise CurvatureError(f"a diagonal with the number {least:.3g} is not positive definite")
-        return Diagonal(1 / self.values)
+        return Diagonal(inverse)
 
     def damped(self, damping: float) -> "Diagonal":
         return Diagonal(self.values + damping)

@@ -12,12 +12,15 @@ from .linalg import (
     add_to_diagonal,
     at_least_float32,
     block_diagonal,
+    check_size,
     check_square,
-    check_trace,
     eigh,
     grouped,
     promoted,
 )
+
+_ROUNDING = 1e-4
+"""How negative a second moment's least eigenvalue may be, as a share of its largest: float32 stays well below."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +60,21 @@ class Kronecker(Curvature):
         self._check(rhs)
         return self.inverse().matmul(rhs)
 
-    def inverse(self) -> "KroneckerBasis":
-        """P⁻¹ by the factors' eigenvalues: in float32 at least, and once more in float64 where that fails."""
+    def inverse(self, clamped: bool = False) -> "KroneckerBasis":
+        """P⁻¹ by the factors' eigenvalues: in float32 at least, and once more in float64 where that fails.
+
+        ``clamped``: eigenvalues of G and A below 0, as rounding makes them, count as 0, and those of
+        P as no less than rounding: for approximations, which never fail then.
+        """
         own = at_least_float32(self.left).dtype
         for dtype in dict.fromkeys((own, torch.float64)):
             (left, left_basis), (right, right_basis) = eigh(self.left.to(dtype)), eigh(self.right.to(dtype))
+            if clamped:
+                left, right = left.clamp(min=0), right.clamp(min=0)
             values = self._eigenvalues(left, right)
             least = torch.finfo(dtype).eps * max(values.shape[-2:]) * values.abs().amax()
-            if values.amin() > least and torch.isfinite(values).all():
+            values = values.clamp(min=least) if clamped else values
+            if (clamped or values.amin() > least) and torch.isfinite(1 / values).all():
                 return KroneckerBasis(left_basis, right_basis, 1 / values).to(own)
         raise CurvatureError(self._not_definite())
 
@@ -90,12 +100,17 @@ class Kronecker(Curvature):
         return add_to_diagonal(self.weight * block_diagonal(blocks), self.shift)
 
     def check_positive_definite(self) -> None:
-        """By the eigenvalues of both factors: one may be indefinite by its rounding, if P is damped enough."""
-        trace = self.weight * check_trace(self.left) * check_trace(self.right)
-        size = self.left.shape[-1] * self.right.shape[-1]
-        values = self._eigenvalues(torch.linalg.eigvalsh(self.left), torch.linalg.eigvalsh(self.right))
-        margin = MARGIN * torch.finfo(values.dtype).eps * (trace + size * self.shift)
-        if not (values.amin(dim=(-2, -1)) > margin).all():
+        """By the eigenvalues of both factors, which may be 0, if P is damped enough, but not negative."""
+        values = []
+        for factor in (self.left, self.right):
+            own = torch.linalg.eigvalsh(factor)
+            if not (own.amin(-1) >= -_ROUNDING * own.amax(-1)).all():
+                raise CurvatureError(self._not_definite())
+            values.append(own)
+        product = self._eigenvalues(*values)
+        trace = product.sum(dim=(-2, -1))
+        check_size(trace)
+        if not (product.amin(dim=(-2, -1)) > MARGIN * torch.finfo(product.dtype).eps * trace).all():
             raise CurvatureError(self._not_definite())
 
     @classmethod
@@ -114,6 +129,13 @@ class Kronecker(Curvature):
         groups = len(self.left) if self.left.ndim == 3 else 1
         if delta.ndim != 2 or tuple(delta.shape) != (groups * self.left.shape[-1], self.right.shape[-1]):
             raise CurvatureError(f"{list(delta.shape)} met {self._describe()}")
+
+    def balanced(self) -> tuple[Tensor, Tensor]:
+        """G/c and c·A, such that both have the same mean on their diagonals, group by group."""
+        left, right = (m.diagonal(dim1=-2, dim2=-1).mean(-1) for m in (self.left, self.right))
+        ratio = (left / right).sqrt()
+        ratio = torch.where((left > 0) & (right > 0) & ratio.isfinite(), ratio, 1.0)[..., None, None]
+        return self.left / ratio, self.right * ratio
 
     def _eigenvalues(self, left: Tensor, right: Tensor) -> Tensor:
         """Of P, from those of its factors, [.., rows, columns]."""
@@ -144,8 +166,13 @@ class KroneckerBasis(Operator):
 
 
 def mean_factors(first: Kronecker, second: Kronecker) -> Kronecker:
-    """The factored approximation to P + Q: w·(Ḡ ⊗ Ā) with the weighted mean of either factor. Exact if P = Q."""
+    """The factored approximation to P + Q: w·(Ḡ ⊗ Ā) with the weighted mean of either factor. Exact if P = Q.
+
+    G ⊗ A is (cG) ⊗ (A/c) for every c. So that nobody's choice of c matters, both factors are brought
+    to the same mean diagonal before they meet.
+    """
     weight = first.weight + second.weight
-    left = (first.weight * first.left + second.weight * second.left) / weight
-    right = (first.weight * first.right + second.weight * second.right) / weight
+    (g, a), (h, b) = first.balanced(), second.balanced()
+    left = (first.weight * g + second.weight * h) / weight
+    right = (first.weight * a + second.weight * b) / weight
     return Kronecker(left, right, weight, first.shift + second.shift)

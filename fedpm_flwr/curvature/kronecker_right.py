@@ -59,6 +59,8 @@ class KroneckerRight(Curvature):
         side = self.factor.shape[-1]
         if other.factor.shape[-1] != side:
             raise CurvatureError(f"{list(other.factor.shape)} met a Kronecker factor of side {side}")
+        if 1 not in (groups := (len(stack(self.factor)), len(stack(other.factor)))) and groups[0] != groups[1]:
+            return None  # of different groupings
         return KroneckerRight(self.factor + other.factor)
 
     def diagonal(self, rows: int, columns: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The linear algebra that the kinds share. Matrices may be stacks of matrices, [groups, n, n]."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor
 from .base import CurvatureError
 
 _MAX_TRACE = 1e100
-_STARTS = 3
 MARGIN = 100.0
 """How many times ε tr(P) the least eigenvalue must be."""
 
@@ -61,10 +61,15 @@ def check_trace(matrix: Tensor) -> Tensor:
         CurvatureError: one is not of a size to compute with.
     """
     trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    check_size(trace)
+    return trace
+
+
+def check_size(trace: Tensor) -> None:
+    """Raise CurvatureError unless these traces are of a size to compute with."""
     for value in trace.flatten().tolist():
         if not 1 / _MAX_TRACE < value < _MAX_TRACE:
             raise CurvatureError(f"a matrix of trace {value:.3g}; allowed: {1 / _MAX_TRACE:g} to {_MAX_TRACE:g}")
-    return trace
 
 
 def check_square(matrix: Tensor, name: str, stacks: bool = True) -> None:
@@ -140,28 +145,35 @@ def conjugate_gradients(
 
     Returns X and what √(ρᵀM⁻¹ρ / RᵀM⁻¹R) is then, with ρ = R − P·X and M the preconditioner. The
     error in the norm of P falls with every iteration, so X is of use even where the tolerance is
-    not reached. Rounding lets the recursion of ρ drift: so it is started anew from ρ itself.
+    not reached.
+
+    Raises:
+        CurvatureError: P or M turns out not to be positive definite.
     """
     x = torch.zeros_like(rhs)
-    start = _dot(rhs, precondition(rhs))
-    if not start > 0:
+    if not rhs.any():
         return x, 0.0
-    for _ in range(_STARTS):
-        residual = rhs - matmul(x)
-        direction = z = precondition(residual)
-        rho = _dot(residual, z)
-        while rho > tolerance**2 * start and max_iterations:
-            max_iterations -= 1
-            product = matmul(direction)
-            step = rho / _dot(direction, product)
-            x = x + step * direction
-            residual = residual - step * product
-            z = precondition(residual)
-            rho, old = _dot(residual, z), rho
-            direction = z + (rho / old) * direction
-    residual = rhs - matmul(x)
-    return x, (max(_dot(residual, precondition(residual)), 0.0) / start) ** 0.5
+    residual = rhs
+    direction = z = precondition(residual)
+    start = rho = _positive(residual, z)
+    while rho > tolerance**2 * start and max_iterations:
+        max_iterations -= 1
+        product = matmul(direction)
+        step = rho / _positive(direction, product)
+        x = x + step * direction
+        residual = residual - step * product
+        if not residual.any():
+            break
+        z = precondition(residual)
+        rho, old = _positive(residual, z), rho
+        direction = z + (rho / old) * direction
+    residual = rhs - matmul(x)  # anew, since rounding lets the recursion drift
+    return x, (float((residual * precondition(residual)).sum().clamp(min=0)) / start) ** 0.5
 
 
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float((a * b).sum())
+def _positive(a: Tensor, b: Tensor) -> float:
+    """aᵀb > 0, as it is for b = Pa with P positive definite."""
+    found = float((a * b).sum())
+    if not 0 < found < math.inf:
+        raise CurvatureError(f"a sum of curvatures is not positive definite: {found:.3g} in one direction")
+    return found

@@ -100,6 +100,11 @@ class LowRank(Curvature):
             raise CurvatureError(f"a low-rank matrix of side {len(self.floor)} is not positive definite")
 
     @classmethod
+    def side(cls, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Of the matrix that a sum may become."""
+        return shapes["floor"][0]
+
+    @classmethod
     def fits(cls, shapes: Mapping[str, Sequence[int]], rows: int, columns: int) -> bool:
         floor, basis = list(shapes["floor"]), list(shapes["basis"])
         return floor == [columns] and len(basis) == 2 and basis[0] == columns and 0 < basis[1] <= columns

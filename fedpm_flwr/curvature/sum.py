@@ -54,22 +54,22 @@ class Sum(Curvature):
         return sum((term.matmul(delta) for term in self.terms), torch.zeros_like(delta))
 
     def solve(self, rhs: Tensor) -> Tensor:
-        kronecker = [term for term in self.terms if isinstance(term, Kronecker)]
-        if len(kronecker) == len(self.terms) and len({term.left.shape for term in kronecker}) == 1:
-            precondition: Operator = reduce(mean_factors, kronecker).to(torch.float64, rhs.device).inverse()
-        else:
-            precondition = Diagonal(1 / self.diagonal(*rhs.shape).to(rhs.device))
         found, reached = conjugate_gradients(
-            self.matmul, rhs.double(), precondition.matmul, TOLERANCE, MAX_ITERATIONS
+            self.matmul, rhs.double(), self._preconditioner(rhs).matmul, TOLERANCE, MAX_ITERATIONS
         )
-        if not torch.isfinite(found).all():
-            raise CurvatureError(f"a sum of {len(self.terms)} curvatures is not positive definite")
-        if reached > 100 * TOLERANCE:
+        if not reached <= 100 * TOLERANCE:
             _log.warning(
                 "%sa sum of %d curvatures is solved to a residual of %s only, after %d iterations",
                 *("fedpm | ", len(self.terms), f"{reached:.1g}", MAX_ITERATIONS),
             )
         return found.to(rhs.dtype)
+
+    def _preconditioner(self, rhs: Tensor) -> Operator:
+        """The mean factors' inverse, or 1 / diagonal, in float64."""
+        kronecker = [term for term in self.terms if isinstance(term, Kronecker)]
+        if len(kronecker) == len(self.terms) and len({term.left.shape for term in kronecker}) == 1:
+            return reduce(mean_factors, kronecker).to(torch.float64, rhs.device).inverse(clamped=True)
+        return Diagonal(self.diagonal(*rhs.shape).to(rhs.device)).inverse()
 
     def inverse(self) -> Operator:
         raise CurvatureError("a sum of curvatures has no inverse in closed form")

@@ -19,6 +19,10 @@ class Estimator(Protocol):
     """The blocks to measure; the rest pass at no cost."""
 
     @property
+    def signed(self) -> bool:
+        """Whether P may be indefinite; then it is averaged as it is, and made positive after (``absolute``)."""
+
+    @property
     def blocks(self) -> list[Block]:
         """The groups of parameters that have a P."""
 

@@ -9,11 +9,13 @@ from ..curvature import Block, Curvature, Diagonal, to_matrix, weighted_sum
 from .blocks import parameter_blocks
 from .hooks import Handles, Hook, unwrapped
 from .likelihood import as_logits, check_loss, sampled_gradient
-from .positive import absolute
 
 
 class _Diagonals:
     """A diagonal for each parameter: the mean of what was measured since the last ``collect``."""
+
+    signed = False
+    """Whether entries may be negative: then their average is what ``positive`` is applied to."""
 
     def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter] | None) -> None:
         self._parameters = parameter_blocks(model, parameters)
@@ -26,10 +28,9 @@ class _Diagonals:
         return list(self._parameters)
 
     def collect(self) -> dict[Block, Curvature]:
-        """P ≥ 0 of each parameter, the mean of the measurements since the last call, if there were any."""
+        """The diagonal of each parameter, the mean of the measurements since the last call, if there were any."""
         found = {
-            block: absolute(weighted_sum([1 / len(parts)] * len(parts), parts))
-            for block, parts in self._measured.items()
+            block: weighted_sum([1 / len(parts)] * len(parts), parts) for block, parts in self._measured.items()
         }
         self._measured = {}
         return found
@@ -100,8 +101,8 @@ class GaussNewtonBartlett(_Diagonals):
 class Hutchinson(_Diagonals):
     """h = v ⊙ (Hv) with v of random signs: its expectation is the diagonal of the Hessian H.
 
-    ``measure(loss)`` before ``loss.backward()``: one Hessian-vector product for each sample. Negative
-    entries are made positive as ``positive`` says.
+    ``measure(loss)`` before ``loss.backward()``: one Hessian-vector product for each sample. Entries
+    may be negative.
 
     Args:
         model: whose parameters are measured.
@@ -109,6 +110,8 @@ class Hutchinson(_Diagonals):
         parameters: those to measure; by default all. Frozen ones never are.
         seed: of v.
     """
+
+    signed = True
 
     def __init__(
         self,
@@ -139,12 +142,15 @@ class FirstRow(_Diagonals):
     """diag(H) ≈ v²/v₀ with v the first row of the Hessian: LTDA (Sen et al., PReMI 2023).
 
     If H has rank one, H = v vᵀ/v₀, and the diagonal is exact. ``measure(loss)`` before
-    ``loss.backward()``: one Hessian-vector product, with the first unit vector.
+    ``loss.backward()``: one Hessian-vector product, with a unit vector. Entries are negative where v₀ is.
 
-    The source names the first row and the approximation. Inferred here: the row is that of the
-    first entry of the first trainable parameter, taken over the whole model; v₀ < 0 is made positive
-    as ``positive`` says; where v₀ is 0, as for a weight of an input that is always 0, so is the diagonal.
+    The source names the first row and the approximation. Inferred here: the row is taken over the
+    whole model, of the first entry, in the order of the parameters, whose gradient is not 0 (an
+    input that is always 0, as the first pixel of a digit, has neither gradient nor curvature, and
+    its row would say nothing of the others). Where v₀ is 0 all the same, so is the diagonal.
     """
+
+    signed = True
 
     def measure(self, loss: Tensor, outputs: object = None) -> None:
         """Measure at the current parameters."""
@@ -152,10 +158,13 @@ class FirstRow(_Diagonals):
         if not due:
             return
         parameters = list(due.values())
-        unit = [torch.zeros_like(p) for p in parameters]
-        unit[0].view(-1)[0] = 1.0
-        row = _products(_gradients(loss, parameters), parameters, unit)
-        corner = row[0].flatten()[0]
+        gradients = _gradients(loss, parameters)
+        place = torch.cat([g.detach().flatten() != 0 for g in gradients]).to(torch.uint8).argmax()
+        unit = (torch.arange(sum(p.numel() for p in parameters), device=place.device) == place).to(loss.dtype)
+        units = torch.split(unit, [p.numel() for p in parameters])
+        vectors = [part.reshape(p.shape).to(p.dtype) for part, p in zip(units, parameters, strict=True)]
+        row = _products(gradients, parameters, vectors)
+        corner = torch.stack([(v * u).sum() for v, u in zip(row, vectors, strict=True)]).sum()
         self._add(
             {
                 block: torch.where(corner != 0, v.square() / torch.where(corner != 0, corner, 1.0), 0.0)

@@ -7,20 +7,19 @@ from torch import Tensor, nn
 
 from ..curvature import Block, Curvature, Dense, to_matrix, weighted_sum
 from .blocks import model_block
-from .positive import absolute
 
 MATRICES = ("hessian", "ggn")
+_ROWS_AT_A_TIME = 256
 
 
 class ExactHessian:
     """H = ∂²loss/∂θ² over all trainable parameters together, or the Gauss-Newton matrix Jᵀ H_z J.
 
     z are the model's outputs, J their derivatives by θ, and H_z the Hessian of the loss by z. Both are
-    those of the very loss that is given, its regularisation included. A Hessian of a loss that is
-    not convex is made positive as ``positive`` says.
+    those of the very loss that is given, its regularisation included.
 
     ``measure(loss, outputs)`` before ``loss.backward()``: one vector-Jacobian product for each
-    parameter (``hessian``) or each parameter and output (``ggn``), many at a time.
+    parameter (``hessian``) or each parameter and output (``ggn``), 256 at a time.
 
     Args:
         model: whose parameters are measured.
@@ -31,6 +30,8 @@ class ExactHessian:
     Raises:
         ValueError: there are more, or the matrix is unknown.
     """
+
+    signed = True
 
     def __init__(
         self,
@@ -82,11 +83,11 @@ class ExactHessian:
         self._measured.append(Dense(matrix if matrix.dtype == torch.float64 else matrix.float()))
 
     def collect(self) -> dict[Block, Curvature]:
-        """P ≥ 0, the mean of the measurements since the last call, if there were any."""
+        """The mean of the measurements since the last call, if there were any; it may be indefinite."""
         measured, self._measured = self._measured, []
         if not measured:
             return {}
-        return {self._block: absolute(weighted_sum([1 / len(measured)] * len(measured), measured))}
+        return {self._block: weighted_sum([1 / len(measured)] * len(measured), measured)}
 
     def detach(self) -> None:
         """Nothing to take off."""
@@ -96,11 +97,14 @@ class ExactHessian:
         if not functions.requires_grad:
             return functions.new_zeros(len(functions), sum(p.numel() for p in self._parameters))
         unit = torch.eye(len(functions), dtype=functions.dtype, device=functions.device)
+        return torch.cat([self._chunk(functions, some) for some in torch.split(unit, _ROWS_AT_A_TIME)])
+
+    def _chunk(self, functions: Tensor, directions: Tensor) -> Tensor:
         parts = torch.autograd.grad(
-            functions, self._parameters, unit, retain_graph=True, is_grads_batched=True, allow_unused=True
+            functions, self._parameters, directions, retain_graph=True, is_grads_batched=True, allow_unused=True
         )
         wide = [
-            functions.new_zeros(len(functions), *p.shape) if part is None else part
+            functions.new_zeros(len(directions), *p.shape) if part is None else part
             for part, p in zip(parts, self._parameters, strict=True)
         ]
         return torch.vmap(lambda *row: to_matrix(row).flatten())(*wide)

@@ -19,12 +19,16 @@ class Hook:
         self._owner = weakref.ref(owner)
         self._method = method
         self._extra = extra
+        # A compiled model runs it as it is. Not as a decorator: that takes seconds to import.
+        self._run = torch.compiler.disable(self._measure)
 
     def __reduce__(self) -> tuple[type["Idle"], tuple[()]]:
         return Idle, ()  # what a copied or saved model gets instead
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled model runs it as it is
     def __call__(self, layer: nn.Module, *seen: Any) -> None:
+        self._run(layer, *seen)
+
+    def _measure(self, layer: nn.Module, *seen: Any) -> None:
         owner = self._owner()
         if owner is not None and layer.training and torch.is_grad_enabled() and not in_backward():
             getattr(owner, self._method)(*self._extra, layer, *seen)

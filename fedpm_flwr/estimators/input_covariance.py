@@ -57,8 +57,11 @@ class InputCovariance:
         position_stride: s: only every s-th position of a sequence, and of an image in each
             direction, is measured, from a place that moves on with each measurement.
         only: the types of layers to measure; by default all that it can.
+        max_outputs: layers with more outputs than this are left out; by default none.
         stacklevel: how many calls up the warning points.
     """
+
+    signed = False
 
     def __init__(
         self,
@@ -67,11 +70,12 @@ class InputCovariance:
         parameters: Iterable[nn.Parameter] | None = None,
         position_stride: int = 1,
         only: Collection[type[nn.Module]] | None = None,
+        max_outputs: int | None = None,
         stacklevel: int = 2,
     ) -> None:
         model = unwrapped(model)
         chosen = {p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad}
-        layers, left_out = find_layers(model, chosen, max_side)
+        layers, left_out = find_layers(model, chosen, max_side, max_outputs)
         if only is not None:
             other = [layer for layer in layers if type(layer.modules[0]) not in only]
             left_out += [f"{layer.block.name} ({type(layer.modules[0]).__name__})" for layer in other]

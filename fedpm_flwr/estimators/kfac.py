@@ -43,6 +43,8 @@ class KroneckerFactors:
         ValueError: an argument is not allowed.
     """
 
+    signed = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -60,7 +62,7 @@ class KroneckerFactors:
         self._fisher, self._loss, self._seed = fisher, check_loss(loss), seed
         self._generator: torch.Generator | None = None
         self._inputs = InputCovariance(
-            model, max_side, parameters, position_stride, (nn.Linear, *CONVOLUTIONS), stacklevel + 1
+            model, max_side, parameters, position_stride, (nn.Linear, *CONVOLUTIONS), max_side, stacklevel + 1
         )
         self._totals: dict[Block, Tensor] = {}
         self._examples = 0

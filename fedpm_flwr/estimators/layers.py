@@ -29,8 +29,13 @@ class Layer:
     has_bias: bool
 
 
-def find_layers(model: nn.Module, chosen: set[nn.Parameter], max_side: int) -> tuple[list[Layer], list[str]]:
-    """The layers whose chosen parameters can have curvature, and of the others ``name (reason)``."""
+def find_layers(
+    model: nn.Module, chosen: set[nn.Parameter], max_side: int, max_outputs: int | None = None
+) -> tuple[list[Layer], list[str]]:
+    """The layers whose chosen parameters can have curvature, and of the others ``name (reason)``.
+
+    Those with more inputs than ``max_side``, or outputs (of a group) than ``max_outputs``, cannot.
+    """
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, p in model.named_parameters(remove_duplicate=False):
         names[p].append(name)
@@ -45,6 +50,8 @@ def find_layers(model: nn.Module, chosen: set[nn.Parameter], max_side: int) -> t
         own = {key: p for key, p in module.named_parameters(recurse=False) if p in chosen and p not in found}
         covered: dict[str, nn.Parameter] = {}
         reason = _why_not(module, own, users, max_side)
+        if not reason and max_outputs is not None and (rows := _outputs(module)) > max_outputs:
+            reason = f"{rows} outputs, more than {max_outputs}"
         if not reason:
             weight, bias = _NAMES[type(module)]
             covered = {key: own[key] for key in (weight, bias) if key in own}
@@ -78,6 +85,12 @@ def _why_not(
         return "sparse gradient" if module.sparse else ""
     side = own[weight][0].numel() + (bias in own)
     return f"{side} inputs, more than {max_side}" if side > max_side else ""
+
+
+def _outputs(module: nn.Module) -> int:
+    """The side of K-FAC's left factor."""
+    weight = getattr(module, _NAMES[type(module)][0])
+    return len(weight) // (module.groups if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1)
 
 
 def inputs_of(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Iterator[Tensor]:

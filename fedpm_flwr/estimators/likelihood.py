@@ -27,8 +27,10 @@ def as_logits(outputs: object) -> Tensor:
     Raises:
         TypeError: there is no such tensor.
     """
-    outputs = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
-    if not isinstance(outputs, Tensor) or outputs.ndim < 2:
+    wrapped = not isinstance(outputs, Tensor)
+    outputs = getattr(outputs, "logits", None) if wrapped else outputs
+    # Language models of the Transformers library return logits [batch, positions, classes]: not ours.
+    if not isinstance(outputs, Tensor) or outputs.ndim < 2 or (wrapped and outputs.ndim > 2):
         raise TypeError("curvature by outputs needs a model that returns one tensor [examples, classes, ...]")
     rows: Tensor = outputs.movedim(1, -1)
     return at_least_float32(rows.flatten(0, -2))
@@ -44,7 +46,9 @@ def sampled_gradient(logits: Tensor, loss: str, generator: torch.Generator) -> T
         noise = torch.randn(logits.shape, generator=generator, dtype=logits.dtype, device=logits.device)
         return noise.mul_((2 / logits.shape[1]) ** 0.5)
     probabilities = logits.detach().softmax(dim=1)
-    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    # The first arrival among exponential clocks of rates p is drawn by p; unlike torch.multinomial this
+    # neither waits for the device nor raises where outputs are not finite.
+    drawn = (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(1, True)
     return probabilities - torch.zeros_like(probabilities).scatter_(1, drawn, 1.0)
 
 

@@ -1,9 +1,10 @@
 """The one rule for estimates that are not positive: P = |H|.
 
 Hutchinson's diagonals, LTDA's, and Hessians of losses that are not convex have negative eigenvalues.
-Each eigenvalue, of a diagonal each entry, is replaced by its absolute value (saddle-free Newton,
-Dauphin et al. 2014); damping is added after. So a direction is stepped by as much as it is curved,
-whichever way, and always downhill. A matrix that is positive definite stays as it is to the last bit.
+Measurements are averaged with their signs; then each eigenvalue, of a diagonal each entry, is
+replaced by its absolute value (saddle-free Newton, Dauphin et al. 2014); damping is added last. So a
+direction is stepped by as much as it is curved, whichever way, and always downhill. A matrix that is
+positive definite stays as it is to the last bit.
 """
 
 import torch

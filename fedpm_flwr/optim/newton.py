@@ -12,8 +12,9 @@ class Newton(SecondOrder):
     """θ ← θ − η (H + λI)⁻¹ g with H = ∂²loss/∂θ² over all trainable parameters together.
 
     Call ``measure(loss, outputs)`` before ``loss.backward()``. Where H is indefinite its eigenvalues
-    are replaced by their absolute values (``estimators.positive``). With η = 1, λ = 0, a single local step
-    on all of the client's data, FedPM takes the Newton step of the global loss.
+    are replaced by their absolute values (``estimators.positive``). Coupled weight decay ω adds ωI to H.
+    With η = 1, λ = 0, a single local step on all of the client's data, FedPM takes the Newton step of
+    the global loss.
 
     Args:
         model, params, shared: as for ``SecondOrder``.
@@ -21,6 +22,7 @@ class Newton(SecondOrder):
         max_factor_side: the largest number of parameters.
     """
 
+    _decay_is_curvature = True
     _fills_gradients = True  # a parameter that the loss does not depend on is no reason not to step the others
 
     def __init__(

@@ -18,7 +18,7 @@ from ..curvature import (
     matrix_shape,
     to_matrix,
 )
-from ..estimators import Estimator
+from ..estimators import Estimator, absolute
 from ..estimators.hooks import unwrapped
 from ..wire import as_decoded, get_codec
 from .state import from_state, restore, to_state
@@ -44,7 +44,8 @@ class SecondOrder(torch.optim.Optimizer):
         model: the network that is trained.
         params: parameters or parameter groups to train; by default all of the model's.
         lr: η, per group.
-        plain_lr: η of parameters without a P; by default the same. A scheduler of ``lr`` scales it too.
+        plain_lr: η of parameters without a P, per group; by default the same. A scheduler of ``lr``
+            scales it too: it is kept as its ratio to ``lr``, ``plain_lr_scale`` (1 where ``lr`` is 0).
         damping: λ ≥ 0, per group (a block's first parameter decides), added to P. Where P + λI
             cannot be inverted, not in float64 either, the block's λ is raised tenfold until it can;
             ``preconditioners`` says by which λ each block was really stepped.
@@ -67,6 +68,9 @@ class SecondOrder(torch.optim.Optimizer):
 
     _fills_gradients = False
     """Whether a block that lacks some of its gradients is stepped as if they were 0, or by plain steps."""
+
+    _decay_is_curvature = False
+    """Whether coupled weight decay, ω/2 ‖W‖² in the loss, adds its ωI to P."""
 
     def __init__(
         self,
@@ -94,7 +98,7 @@ class SecondOrder(torch.optim.Optimizer):
         model = unwrapped(model)
         defaults = {
             "lr": lr,
-            "plain_lr_scale": 1.0 if plain_lr is None or not lr else plain_lr / lr,
+            "plain_lr": plain_lr,
             "damping": damping,
             "momentum": momentum,
             "weight_decay": weight_decay,
@@ -102,6 +106,8 @@ class SecondOrder(torch.optim.Optimizer):
         }
         super().__init__(model.parameters() if params is None else params, defaults)
         for group in self.param_groups:
+            own = group.pop("plain_lr")
+            group["plain_lr_scale"] = 1.0 if own is None or not group["lr"] else own / group["lr"]
             checked = ("lr", "plain_lr_scale", "damping", "momentum", "weight_decay")
             if not all(group[key] >= 0 for key in checked):
                 raise ValueError(f"{', '.join(f'{key} {group[key]}' for key in checked)}: all must be >= 0")
@@ -180,7 +186,7 @@ class SecondOrder(torch.optim.Optimizer):
         if "curvature" in state:
             # A measurement that is not finite, as of a step that a GradScaler skipped, is passed
             # over; decided on the device, which nothing has to wait for.
-            old = _curvature(state).parts()
+            old = from_state(state.get("signed", state["curvature"])).parts()
             finite = _are_finite(parts)
             parts = {
                 name: torch.where(
@@ -188,16 +194,23 @@ class SecondOrder(torch.optim.Optimizer):
                 )
                 for name, part in parts.items()
             }
-        new = type(measured)(**parts)
+        new: Curvature = type(measured)(**parts)
+        if self._estimator.signed:
+            state["signed"] = to_state(new)
+            new = absolute(new)
         state["curvature"] = to_state(new if self._codec is None else as_decoded(self._codec, new))
 
     def _prepare(self, block: Block, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Invert P + λI, if that is due."""
         if "inverse" not in state or self._steps() % self._inverse == 0:
             shape = matrix_shape([self._parameters[key].shape for key in block.parameters])
-            inverse, state["damping"] = _invert(
-                _curvature(state), shape, group["damping"], self._relative, block.name
-            )
+            damping = group["damping"]
+            if self._relative:
+                # Without any curvature, as for inputs that are all 0, λ is absolute: nothing to be relative to.
+                damping *= float(_curvature(state).diagonal(*shape).mean()) or 1.0
+            if self._decay_is_curvature and not self._decoupled:
+                damping += group["weight_decay"]
+            inverse, state["damping"] = _invert(_curvature(state), damping, block.name)
             state["inverse"] = to_state(inverse)
 
     def _precondition(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
@@ -216,7 +229,8 @@ class SecondOrder(torch.optim.Optimizer):
                 self._prepare(block, state, groups[owned[0]])
                 gradient = to_matrix([gradients.pop(p, torch.zeros_like(p)) for p in owned])
                 matrix = self._precondition(state, gradient, groups[owned[0]])
-                updates |= zip(owned, from_matrix(matrix, [p.shape for p in owned]), strict=True)
+                parts = zip(owned, from_matrix(matrix, [p.shape for p in owned]), given, strict=True)
+                updates |= {p: part for p, part, has_gradient in parts if has_gradient}
         return updates | {p: g * groups[p]["plain_lr_scale"] for p, g in gradients.items()}
 
     def _gradient(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
@@ -271,15 +285,10 @@ def _are_finite(parts: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([part.sum(-1).isfinite().all() for part in parts.values()]).all()
 
 
-def _invert(
-    curvature: Curvature, shape: tuple[int, int], damping: float, relative: bool, layer: str
-) -> tuple[Operator, float]:
+def _invert(curvature: Curvature, damping: float, layer: str) -> tuple[Operator, float]:
     """(P + λI)⁻¹ and λ, raised until there is one."""
     if not _are_finite(curvature.parts()):
         raise CurvatureError(f"layer {layer!r}: its curvature is not finite; has training diverged?")
-    if relative:
-        # Without any curvature, as for inputs that are all 0, λ is absolute: there is nothing to be relative to.
-        damping *= float(curvature.diagonal(*shape).mean()) or 1.0
     for raised in range(_MAX_RAISES + 1):
         used = damping * _RAISE_DAMPING_BY**raised
         try:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..curvature import Block, Curvature, Diagonal, LayerCurvature, plus
+from ..curvature import Block, Curvature, Diagonal, LayerCurvature
 from ..estimators import Estimator, GaussNewtonBartlett, Hutchinson
 from .second_order import Params, SecondOrder
 from .state import from_state, to_state
@@ -16,8 +16,9 @@ ESTIMATORS = ("gnb", "hutchinson")
 class Sophia(SecondOrder):
     """θ ← θ − ηωθ − η·clip(m / max(γh, ε), 1), Algorithm 3 of arXiv 2305.14342.
 
-    m ← β₁m + (1 − β₁)g in every step; h ← β₂h + (1 − β₂)ĥ whenever ĥ is measured; m and h start at 0.
-    The P that it tells is max(γh, ε), with λ = 0.
+    m ← β₁m + (1 − β₁)g in every step; h ← β₂h + (1 − β₂)ĥ whenever ĥ is measured; m and h start at 0,
+    and ĥ keeps its sign. The P that it tells for mixing is ``preconditioners``'; steps are clipped, and so
+    not exactly by that P, wherefore a ``codec`` has no effect on them.
 
     Args:
         model, params, shared: as for ``SecondOrder``; ``clip`` and ``momentum`` come on top of Sophia's own.
@@ -74,26 +75,29 @@ class Sophia(SecondOrder):
         )
 
     def preconditioners(self) -> list[LayerCurvature]:
-        """max(γh, ε) of every parameter that was stepped by it, and λ = 0."""
-        return [
-            LayerCurvature(layer.block, self._floored(layer.curvature), 0.0) for layer in super().preconditioners()
-        ]
+        """max(γh/(1 − β₂ᵏ), ε) of every parameter after k measurements, and λ = 0.
+
+        h starts at 0: divided by 1 − β₂ᵏ it is of the same size however many steps a client took, so
+        that none counts more for that. The steps themselves are Algorithm 3's, by h as it is.
+        """
+        told = []
+        for layer in super().preconditioners():
+            measured = 1 - self._betas[1] ** self._state_of(layer.block)["weight"]
+            told.append(LayerCurvature(layer.block, self._floored(layer.curvature.scaled(1 / measured)), 0.0))
+        return told
 
     def _update(self, state: dict[str, Any], measured: Curvature) -> None:
-        beta = self._betas[1]
-        old = from_state(state["curvature"]) if "curvature" in state else measured.scaled(0.0)
-        assert isinstance(old, Curvature)
-        new = plus(old.scaled(beta), measured.scaled(1 - beta))
-        new = new.map(lambda part: torch.where(part.isfinite(), part, old.parts()["values"]))
-        state["curvature"] = to_state(new)
+        beta, new = self._betas[1], measured.parts()["values"]
+        old = state["curvature"]["values"] if "curvature" in state else torch.zeros_like(new)
+        finite = new.isfinite()
+        values = torch.where(finite, beta * old + (1 - beta) * new, old)
+        state["curvature"], state["weight"] = to_state(Diagonal(values)), state.get("weight", 0.0) + 1.0
         state.pop("inverse", None)
 
     def _prepare(self, block: Block, state: dict[str, Any], group: dict[str, Any]) -> None:
-        if "inverse" in state:
-            return
-        curvature = from_state(state["curvature"])
-        assert isinstance(curvature, Curvature)
-        state["inverse"], state["damping"] = to_state(self._floored(curvature).map(torch.reciprocal)), 0.0
+        if "inverse" not in state:
+            floored = self._floored(Diagonal(state["curvature"]["values"]))
+            state["inverse"], state["damping"] = to_state(floored.map(torch.reciprocal)), 0.0
 
     def _precondition(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
         beta = self._betas[0]

@@ -93,7 +93,7 @@ def decode(
     for index, entry in enumerate(entries):
         _check_entry(entry, shapes, seen)
         kind = _KINDS[entry["kind"]]
-        side = max((shape[-1] for part, shape in entry["shapes"].items() if part in kind.symmetric), default=0)
+        side = kind.side(entry["shapes"])
         if side > max_side:
             raise PayloadError(f"{_where(entry)}: side {side}, more than the {max_side} allowed")
         needed = layout(get_codec(entry["codec"]), kind, entry["shapes"])

@@ -1,0 +1,117 @@
+"""Whatever curvature a client sends, of whichever kind: it is left out, or the round of all goes on."""
+
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedpm_flwr import messages
+from fedpm_flwr.curvature import (
+    Block,
+    Curvature,
+    Dense,
+    Diagonal,
+    Kronecker,
+    KroneckerRight,
+    LayerCurvature,
+    LowRank,
+)
+from fedpm_flwr.mixing import ModelMixer
+from fedpm_flwr.wire import decode, encode
+
+from .helpers import relative_error
+
+ROWS, COLUMNS = 6, 4
+THETA = {"w": torch.zeros(ROWS, COLUMNS)}
+BLOCK = Block("layer", ("w",))
+SIZES = st.sampled_from([1e-30, 1e-9, 1e-3, 1.0, 1e6, 1e18])
+
+
+@st.composite
+def symmetric(draw: st.DrawFn, side: int, groups: int | None = None) -> Tensor:
+    """Semidefinite of any rank and size; sometimes not quite symmetric-looking numbers at all."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    rank = draw(st.integers(0, side))
+    half = torch.randn(groups or 1, side, max(rank, 1), generator=generator).double()
+    matrix = half @ half.mT * (draw(SIZES) if rank else 0.0)
+    if draw(st.integers(0, 9)) == 0:
+        matrix = matrix - draw(SIZES) * torch.eye(side).double()
+    return matrix if groups else matrix[0]
+
+
+@st.composite
+def anything(draw: st.DrawFn) -> Curvature:
+    kind = draw(st.sampled_from(["right", "kronecker", "diagonal", "low-rank", "dense"]))
+    groups = draw(st.sampled_from([None, 1, 2, 3, 6]))
+    if kind == "right":
+        return KroneckerRight(draw(symmetric(COLUMNS, groups)))
+    if kind == "kronecker":
+        return Kronecker(draw(symmetric(ROWS // (groups or 1), groups)), draw(symmetric(COLUMNS, groups)))
+    if kind == "diagonal":
+        shape = draw(st.sampled_from([(1, 1), (ROWS, 1), (1, COLUMNS), (ROWS, COLUMNS)]))
+        return Diagonal(torch.rand(shape).double() * draw(SIZES))
+    if kind == "low-rank":
+        rank = draw(st.integers(1, COLUMNS))
+        floor = torch.rand(COLUMNS).double() * draw(SIZES)
+        return LowRank(floor, torch.randn(COLUMNS, rank).double() * draw(SIZES) ** 0.5)
+    return Dense(draw(symmetric(ROWS * COLUMNS)))
+
+
+def as_received(curvature: Curvature, damping: float) -> list[LayerCurvature]:
+    """What the server reads, and has checked.
+
+    Raises:
+        ValueError: it is refused, for whatever reason.
+    """
+    payload = encode([LayerCurvature(BLOCK, curvature, damping)], "triangle-float32")
+    layers = decode(payload, {"w": (ROWS, COLUMNS)})
+    for layer in layers:
+        messages._check_layer(layer, (0.0, 1e6))
+    return layers
+
+
+DAMPINGS = st.sampled_from([0.0, 1e-6, 0.1, 1e3])
+
+
+@given(st.lists(st.tuples(anything(), DAMPINGS), min_size=1, max_size=5), st.booleans())
+@settings(max_examples=400)
+def test_a_round_of_any_kinds_has_a_result(clients: list[tuple[Curvature, float]], factored: bool) -> None:
+    mixer = ModelMixer(THETA, factored=factored)
+    honest = LayerCurvature(BLOCK, KroneckerRight(torch.eye(COLUMNS)), 0.1)
+    mixer.add({"w": torch.ones(ROWS, COLUMNS)}, [honest], 1.0)
+    accepted = 0
+    for place, (curvature, damping) in enumerate(clients):
+        try:
+            layers = as_received(curvature, damping)
+        except ValueError:
+            continue
+        accepted += 1
+        mixer.add({"w": torch.full((ROWS, COLUMNS), 0.1 * place)}, layers, 1.0)
+    assume(accepted)
+    assert torch.isfinite(mixer.result()["w"]).all()
+
+
+@given(symmetric(ROWS), symmetric(COLUMNS), st.floats(-18, 18))
+@settings(max_examples=50)
+def test_however_one_client_splits_its_product_the_others_get_the_same_model(
+    left: Tensor, right: Tensor, exponent: float
+) -> None:
+    assume(0 < float(left.trace() * right.trace()) < 1e12)
+    results = []
+    for scale in (1.0, 10.0**exponent):
+        mixer = ModelMixer(THETA)
+        generator = torch.Generator().manual_seed(1)
+        for place in range(3):
+            half = torch.randn(2, COLUMNS, COLUMNS, generator=generator).double()
+            other = torch.randn(ROWS, ROWS, generator=generator).double()
+            honest = Kronecker(other @ other.T, half[0] @ half[0].T)
+            model = {"w": torch.full((ROWS, COLUMNS), 1.0 + place)}
+            mixer.add(model, [LayerCurvature(BLOCK, honest, 0.1)], 1.0)
+        odd = LayerCurvature(BLOCK, Kronecker(left * scale, right / scale), 1.0)
+        try:
+            odd.curvature.damped(1.0).check_positive_definite()
+        except ValueError:
+            assume(False)
+        mixer.add({"w": torch.zeros(ROWS, COLUMNS)}, [odd], 1.0)
+        results.append(mixer.result()["w"])
+    assert relative_error(results[1], results[0]) < 1e-5
