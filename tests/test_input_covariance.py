@@ -73,6 +73,19 @@ def test_equals_curvlinops(name: str, bias: bool) -> None:
         assert found[-1, -1] == 1
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_large_side_is_measured_strip_by_strip(groups: int) -> None:
+    """In float64, against xᵀx / n as one product; 1100 is more than two strips."""
+    torch.manual_seed(0)
+    side = 1100
+    layer = nn.Conv1d(side * groups, 2, 1, groups=groups, bias=False).double()
+    x = torch.randn(3, side * groups, 2, dtype=torch.float64)
+    each = x.movedim(1, -1).reshape(6, groups, side).movedim(1, 0)
+    expected = each.mT @ each / 6
+    found = measure(nn.Sequential(layer), [x])["0"]
+    torch.testing.assert_close(found, expected if groups > 1 else expected[0], rtol=1e-12, atol=1e-12)
+
+
 def test_equals_curvlinops_in_a_deep_network_with_batches_of_unequal_size() -> None:
     torch.manual_seed(1)
     model = nn.Sequential(
