@@ -124,16 +124,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     foot = "a step on average: " + " + ".join(f"{share:.3g} {kind}" for kind, share in shares.items())
     more = {"batch_size": given.batch_size, "threads": given.threads, "shares": shares}
     publish("step", rows, given.output, foot, **more)
-    return 0
+    wanted = len(given.devices.split(",")) * len(given.models.split(",")) * len(methods)
+    return 0 if len(rows) == wanted else 1
 
 
 def measure(cases: Sequence[Case], shares: dict[str, float], repeats: int, inversions: int) -> list[Row]:
-    """One row a case; the first is what the others are compared with."""
+    """One row a case that can be run; the first is what the others are compared with."""
     with ExitStack() as stack:
-        workers = [stack.enter_context(_working(case)) for case in cases]
-        for case, worker in zip(cases, workers, strict=True):
-            print(f"{PREFIX}warming up: {case.device} {case.model} {case.method}", file=sys.stderr, flush=True)
-            _ask(worker, 0)  # the first step: it measures and inverts
+        started = [(case, stack.enter_context(_working(case))) for case in cases]
+        running: list[tuple[Case, Connection]] = []
+        for case, worker in started:
+            name = f"{case.device} {case.model} {case.method}"
+            print(f"{PREFIX}warming up: {name}", file=sys.stderr, flush=True)
+            try:
+                _ask(worker, 0)  # the first step: it measures and inverts
+            except EOFError:
+                if case is cases[0]:
+                    raise
+                print(f"{PREFIX}left out of the table, since it failed: {name}", file=sys.stderr, flush=True)
+            else:
+                running.append((case, worker))
+        cases, workers = [case for case, _ in running], [worker for _, worker in running]
         rounds: list[list[Times]] = [[] for _ in cases]
         for number in range(repeats):
             print(f"{PREFIX}round {number + 1}/{repeats}", file=sys.stderr, flush=True)
@@ -223,6 +234,9 @@ def _serve(case: Case, requests: Connection) -> None:
     targets = torch.randint(CLASSES, (case.batch_size,), generator=generator).to(case.device)
     warnings.filterwarnings("ignore", "no curvature for")
     optimizer = METHODS[case.method](model)
+    scheduled = [
+        group for group in optimizer.param_groups if "step" in group
+    ]  # SGD and Adam have plain steps alone
     plain = 1
     while True:
         try:
@@ -235,17 +249,18 @@ def _serve(case: Case, requests: Connection) -> None:
             continue
         # Before it a step to be warm after the others' turns, and plain ones.
         start = max(number - plain - 1, 0)
-        for group in optimizer.param_groups:
-            if "step" in group:
-                group["step"] = start
+        for group in scheduled:
+            group["step"] = start
         times: Times = defaultdict(list)
         for at in range(start, number + 1):
             seconds = _step(model, optimizer, images, targets)
-            if at == number:
+            if at == number and scheduled:
                 times["refresh" if number % INVERSE else "inverting"].append(seconds)
             elif at > start:
                 times["plain"].append(seconds)
                 plain = max(1, min(int(_SHORT / seconds), REFRESH - 3))
+        if not scheduled:
+            times["refresh"], times["inverting"] = list(times["plain"]), list(times["plain"])
         requests.send(times)
 
 
