@@ -226,16 +226,6 @@ def mean_of(x: Tensor) -> Tensor:
     return rows.T @ rows / len(rows)
 
 
-@pytest.mark.parametrize("side", [511, 512, 1100])
-def test_wide_factors_are_made_of_strips(side: int) -> None:
-    layer, grouped = nn.Linear(side, 1).double(), nn.Conv1d(2 * side, 2, 1, groups=2, bias=False).double()
-    x = torch.randn(3, side, dtype=torch.float64)
-    torch.testing.assert_close(measure(nn.Sequential(layer), [x])["0"], mean_of(x))
-    signals = torch.randn(1, 2 * side, 2, dtype=torch.float64)
-    expected = torch.stack([part.T @ part / 2 for part in signals[0].T.chunk(2, dim=1)])
-    torch.testing.assert_close(measure(nn.Sequential(grouped), [signals])["0"], expected)
-
-
 @pytest.mark.parametrize("layer", [nn.Linear(3, 2), nn.Conv1d(3, 2, 1), nn.Embedding(3, 2)])
 def test_an_empty_batch_counts_nothing_and_one_example_is_measured(layer: nn.Module) -> None:
     one = torch.ones(1, 3, dtype=torch.long) if isinstance(layer, nn.Embedding) else torch.ones(1, 3, 3)

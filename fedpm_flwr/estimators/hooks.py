@@ -20,7 +20,7 @@ class Hook:
         self._method = method
         self._extra = extra
         # A compiled model runs it as it is. Not as a decorator: that takes seconds to import.
-        self._run = torch.compiler.disable(self._measure)
+        self._run = torch.compiler.disable(self._measure)  # type: ignore[no-untyped-call]
 
     def __reduce__(self) -> tuple[type["Idle"], tuple[()]]:
         return Idle, ()  # what a copied or saved model gets instead
