@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from curvlinops import KFACLinearOperator
 from torch import Tensor, nn
 
-from fedpm_flwr.curvature import Kronecker
+from fedpm_flwr.curvature import Kronecker, from_matrix, to_matrix
 from fedpm_flwr.estimators import KroneckerFactors
 
 Loss = nn.CrossEntropyLoss | nn.MSELoss
@@ -77,17 +77,59 @@ def test_equals_curvlinops(fisher: str, loss: str) -> None:
         torch.testing.assert_close(factor * P.left, state["gradient_covariances"][name], rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_sampled_factors_are_the_exact_ones_within_three_standard_errors(loss: str) -> None:
-    model = network()
-    x, y = batch(loss)
+def assert_sampled_is_exact_on_average(model: nn.Module, x: Tensor, y: Tensor, loss: str) -> None:
+    """Within three standard errors. Every example has a target of its own: so a batch of copies is many draws."""
     exact = measure(model, x, y, loss, "exact")
-    draws = [measure(model, x, y, loss, "sampled", seed=seed) for seed in range(150)]
+    copies = 150, *[1] * (x.ndim - 1)
+    many = x.repeat(*copies), y.repeat(150, *[1] * (y.ndim - 1))
+    draws = [measure(model, *many, loss, "sampled", seed=seed) for seed in range(20)]
     for name, P in exact.items():
         lefts = torch.stack([draw[name].left for draw in draws])
         error = lefts.std(dim=0) / len(draws) ** 0.5
         assert float((lefts.mean(dim=0) - P.left).norm()) < 3 * float(error.norm())
-        assert float(error.norm()) < 0.3 * float(P.left.norm()), "too few draws to tell anything"
+        assert float(error.norm()) < 0.03 * float(P.left.norm()), "too few draws to tell anything"
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_sampled_factors_are_the_exact_ones_within_three_standard_errors(loss: str) -> None:
+    assert_sampled_is_exact_on_average(network(), *batch(loss), loss)
+
+
+def mixing_network() -> nn.Sequential:
+    """Outputs [examples, classes, positions], each position of them of several positions of every layer before."""
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Conv1d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv1d(3, 3, 3, padding=1)).double()
+
+
+def mixing_batch(loss: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(4, 2, 5, dtype=torch.float64, generator=generator)
+    if loss == "mse":
+        return x, torch.randn(4, 3, 5, dtype=torch.float64, generator=generator)
+    return x, torch.randint(0, 3, (4, 5), generator=generator)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_so_they_are_where_outputs_have_positions_that_a_layer_mixes(loss: str) -> None:
+    assert_sampled_is_exact_on_average(mixing_network(), *mixing_batch(loss), loss)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_products_of_the_gradients_of_two_positions_are_not_in_the_exact_factor(loss: str) -> None:
+    """G = Σ J_{n,t}ᵀ H_{n,t} J_{n,t} / m, summed over a layer's positions: every output position for itself."""
+    model = mixing_network()
+    x, y = mixing_batch(loss)
+    left = measure(model, x, y, loss, "exact")["0"].left
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    for n in range(4):
+        hidden = model[0](x[n : n + 1]).detach()
+        z = model[1:](hidden).detach()
+        jacobian = torch.func.jacrev(model[1:])(hidden)[0, :, :, 0]  # [classes, t, channels, positions]
+        for t in range(5):
+            target = y[n, t][None] if loss == "cross-entropy" else y[n, :, t][None]
+            inner = torch.func.hessian(lambda z, target=target: LOSSES[loss](z[None], target))(z[0, :, t])
+            expected += torch.einsum("cip,cd,djp->ij", jacobian[:, t], inner, jacobian[:, t]) / 20
+    torch.testing.assert_close(left, expected, rtol=1e-10, atol=1e-14)
 
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -100,9 +142,13 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_left_factor_is_the_sum_over_examples_and_positions(name: str) -> None:
-    """G = Σ b bᵀ / m with b the gradient of an example's own loss by the layer's output at a position."""
+def test_the_left_factor_is_the_sum_over_examples_and_positions(name: str, fisher: str) -> None:
+    """G = Σ b bᵀ / m with b the gradient of an example's own loss by the layer's output at a position.
+
+    For the exact one the sum is over every label too, by its probability.
+    """
     layer, shape = LAYERS[name]
     torch.manual_seed(1)
     x = torch.randn(4, *shape, dtype=torch.float64)
@@ -110,17 +156,21 @@ def test_the_left_factor_is_the_sum_over_examples_and_positions(name: str) -> No
     head = nn.Linear(layer(x)[0].numel(), 3).double()
     model = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), head)
     y = torch.tensor([0, 1, 2, 1])
-    found = measure(model, x, y, "cross-entropy", "empirical")["0"]
+    found = measure(model, x, y, "cross-entropy", fisher)["0"]
     groups = getattr(layer, "groups", 1)
     sums = torch.zeros(groups, *found.left.shape[-2:]).double()
     for example, label in zip(x, y, strict=True):
         output = layer(example[None]).detach().requires_grad_()
-        F.cross_entropy(head(torch.tanh(output).flatten(1)), label[None]).backward()  # type: ignore[no-untyped-call]
-        assert output.grad is not None
-        positions = output.grad[0] if isinstance(layer, nn.Linear) else output.grad[0].flatten(1).T
-        b = positions.reshape(len(positions), groups, -1).movedim(1, 0)
-        sums += b.mT @ b
-    torch.testing.assert_close(found.left.reshape(sums.shape), sums / len(x))
+        logits = head(torch.tanh(output).flatten(1))
+        p = logits.softmax(dim=1)[0].tolist()
+        labels = {int(label): 1.0} if fisher == "empirical" else dict(enumerate(p))
+        for each, weight in labels.items():
+            loss = F.cross_entropy(logits, torch.tensor([each]))
+            (gradient,) = torch.autograd.grad(loss, output, retain_graph=True)
+            positions = gradient[0] if isinstance(layer, nn.Linear) else gradient[0].flatten(1).T
+            b = positions.reshape(len(positions), groups, -1).movedim(1, 0)
+            sums += weight * b.mT @ b
+    torch.testing.assert_close(found.left.reshape(sums.shape), sums / len(x), rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -142,13 +192,54 @@ def test_of_a_last_linear_layer_with_one_example_it_is_the_gauss_newton_matrix(l
     torch.testing.assert_close(P.to_dense(15), hessian)
 
 
-def test_outputs_with_positions_count_every_position_as_an_example() -> None:
+LINEAR: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
+    "one layer": (lambda: [nn.Linear(3, 4)], (3,)),
+    "deep": (lambda: [nn.Linear(3, 4), nn.Linear(4, 2, bias=False), nn.Linear(2, 3)], (3,)),
+    "deep, with convolutions of one position": (
+        lambda: [nn.Conv1d(2, 3, 4), nn.Conv1d(3, 2, 1, bias=False), nn.Flatten(), nn.Linear(2, 3)],
+        (2, 4),
+    ),
+    "groups": (lambda: [nn.Conv1d(4, 6, 3, groups=2), nn.Flatten()], (4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_of_linear_networks_with_the_squared_error_it_is_each_layers_gauss_newton_matrix(name: str) -> None:
+    """There b does not depend on x, so the mean of (b bᵀ) ⊗ (x xᵀ) is G ⊗ A, for any number of examples."""
+    torch.manual_seed(7)
+    make, shape = LINEAR[name]
+    model = nn.Sequential(*make()).double()
+    x = torch.randn(5, *shape, dtype=torch.float64)
+    y = torch.randn_like(model(x)).detach()
+    estimator = KroneckerFactors(model, "exact", "mse")
+    model(x)
+    found = estimator.collect()
+    assert len(found) == sum(bool(list(layer.parameters())) for layer in model)
+    state = dict(model.named_parameters())
+    for block, P in found.items():
+        keys = block.parameters
+        shapes = [state[key].shape for key in keys]
+        matrix = to_matrix([state[key].detach() for key in keys])
+
+        def outputs(matrix: Tensor, keys: tuple[str, ...] = keys, shapes: list[torch.Size] = shapes) -> Tensor:
+            changed = dict(zip(keys, from_matrix(matrix, shapes), strict=True))
+            z: Tensor = torch.func.functional_call(model, changed, (x,))
+            return z.flatten()
+
+        jacobian = torch.func.jacrev(outputs)(matrix).reshape(y.numel(), -1)
+        inner = torch.func.hessian(lambda z: F.mse_loss(z, y.flatten()))(outputs(matrix))
+        expected = jacobian.T @ inner @ jacobian
+        torch.testing.assert_close(P.to_dense(matrix.numel()), expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_outputs_with_positions_count_every_position_as_an_example(fisher: str) -> None:
     torch.manual_seed(2)
     linear = nn.Linear(3, 4).double()
     x, y = torch.randn(5, 6, 3, dtype=torch.float64), torch.randint(0, 4, (5, 6))
     sequence = nn.Sequential(linear, Transposed())
-    one = measure(sequence, x, y, "cross-entropy", "exact")["0"]
-    two = measure(nn.Sequential(linear), x.flatten(0, 1), y.flatten(), "cross-entropy", "exact")["0"]
+    one = measure(sequence, x, y, "cross-entropy", fisher)["0"]
+    two = measure(nn.Sequential(linear), x.flatten(0, 1), y.flatten(), "cross-entropy", fisher)["0"]
     torch.testing.assert_close(one.left, two.left)
     torch.testing.assert_close(one.right, two.right)
 
@@ -229,6 +320,15 @@ def test_tied_layers_and_repeated_calls_add_up() -> None:
     first = torch.stack([(model.layer.weight * (1 - h**2)).T for h in hidden]).detach()  # ∂outputs/∂first output
     expected = 2 / 3 * (torch.eye(3).double() + torch.einsum("nij,nkj->ik", first, first) / 5)
     torch.testing.assert_close(P.left, expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("fisher", ["exact", "sampled"])
+def test_outputs_that_are_not_finite_are_seen_in_the_factors_not_raised(fisher: str, loss: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    estimator = KroneckerFactors(model, fisher, loss)
+    model(torch.full((4, 3), torch.nan))
+    assert all(not torch.isfinite(P.parts()["right"]).all() for P in estimator.collect().values())
 
 
 def test_what_kfac_cannot_measure_is_named() -> None:

@@ -80,18 +80,19 @@ class GaussNewtonBartlett(_Diagonals):
     def _after_forward(self, model: nn.Module, args: object, outputs: object) -> None:
         due = self._due()
         logits = as_logits(outputs) if due else None
-        if logits is None or not len(logits):
+        if logits is None or not logits.numel() or not logits.requires_grad:
             return
+        examples = logits[..., 0].numel()
         if self._generator is None or self._generator.device != logits.device:
             self._generator = torch.Generator(logits.device).manual_seed(self._seed)
-        direction = sampled_gradient(logits.detach(), self._loss, self._generator) / len(logits)
+        direction = sampled_gradient(logits.detach(), self._loss, self._generator) / examples
         with torch.autocast(logits.device.type, enabled=False):
             gradients = torch.autograd.grad(
                 logits, list(due.values()), direction, retain_graph=True, allow_unused=True
             )
         self._add(
             {
-                block: len(logits) * gradient.to(logits.dtype).square()
+                block: examples * gradient.to(logits.dtype).square()
                 for block, gradient in zip(due, gradients, strict=True)
                 if gradient is not None
             }

@@ -75,11 +75,7 @@ class InputCovariance:
     ) -> None:
         model = unwrapped(model)
         chosen = {p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad}
-        layers, left_out = find_layers(model, chosen, max_side, max_outputs)
-        if only is not None:
-            other = [layer for layer in layers if type(layer.modules[0]) not in only]
-            left_out += [f"{layer.block.name} ({type(layer.modules[0]).__name__})" for layer in other]
-            layers = [layer for layer in layers if layer not in other]
+        layers, left_out = find_layers(model, chosen, max_side, only, max_outputs)
         self.layers = layers
         self.recording: Collection[Block] = self.blocks
         self._moments = {layer.block: _Moments(layer) for layer in layers}

@@ -25,7 +25,8 @@ class KroneckerFactors:
 
     ``fisher`` says whose gradients: ``sampled``: of targets drawn from the model's own distribution,
     an unbiased estimate of G, at the cost of one more backward pass; ``exact``: their expectation,
-    one more backward pass for each class; ``empirical``: of the loss that the training loop itself
+    one more backward pass for each class (times the positions of outputs that have positions);
+    ``empirical``: of the loss that the training loop itself
     runs backward, at no cost, but it is the Fisher matrix only where the model fits its labels, and
     it needs that loss to be the plain mean over the batch (not scaled by a GradScaler, not divided
     by a number of accumulation steps).
@@ -118,11 +119,12 @@ class KroneckerFactors:
         if not self.recording:
             return
         logits = as_logits(outputs)
-        self._examples += len(logits)
+        examples = logits[..., 0].numel()
+        self._examples += examples
         if self._fisher == "empirical":
-            self._forward.examples, self._forward = len(logits), _Forward()
+            self._forward.examples, self._forward = examples, _Forward()
             return
-        if self._pending and len(logits):
+        if self._pending and examples:
             for direction in self._directions(logits):
                 edges = [edge for _, _, edge in self._pending]
                 with torch.autocast(logits.device.type, enabled=False):

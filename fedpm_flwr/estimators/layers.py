@@ -1,10 +1,9 @@
 """What a layer's input x is, for each type of layer; and which parameters of it make a block."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,12 +29,17 @@ class Layer:
 
 
 def find_layers(
-    model: nn.Module, chosen: set[nn.Parameter], max_side: int, max_outputs: int | None = None
+    model: nn.Module,
+    chosen: set[nn.Parameter],
+    max_side: int,
+    only: Collection[type[nn.Module]] | None = None,
+    max_outputs: int | None = None,
 ) -> tuple[list[Layer], list[str]]:
     """The layers whose chosen parameters can have curvature, and of the others ``name (reason)``.
 
-    Those with more inputs than ``max_side``, or outputs (of a group) than ``max_outputs``, cannot.
+    Of the types ``only``, where that is given; ``max_side`` is for inputs.
     """
+    types = _NAMES if only is None else only
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, p in model.named_parameters(remove_duplicate=False):
         names[p].append(name)
@@ -49,9 +53,7 @@ def find_layers(
     for name, module in model.named_modules():
         own = {key: p for key, p in module.named_parameters(recurse=False) if p in chosen and p not in found}
         covered: dict[str, nn.Parameter] = {}
-        reason = _why_not(module, own, users, max_side)
-        if not reason and max_outputs is not None and (rows := _outputs(module)) > max_outputs:
-            reason = f"{rows} outputs, more than {max_outputs}"
+        reason = _why_not(module, own, users, types, max_side, max_outputs)
         if not reason:
             weight, bias = _NAMES[type(module)]
             covered = {key: own[key] for key in (weight, bias) if key in own}
@@ -67,30 +69,36 @@ def find_layers(
 
 
 def _why_not(
-    module: nn.Module, own: dict[str, nn.Parameter], users: Mapping[nn.Parameter, list[nn.Module]], max_side: int
+    module: nn.Module,
+    own: dict[str, nn.Parameter],
+    users: Mapping[nn.Parameter, list[nn.Module]],
+    types: Collection[type[nn.Module]],
+    max_side: int,
+    max_outputs: int | None,
 ) -> str:
     """Why a module with these trainable parameters gets no curvature; empty if it does, or needs none."""
-    if not own or type(module) not in _NAMES:
+    if not own or type(module) not in types:
         return type(module).__name__
     weight, bias = _NAMES[type(module)]
     if weight not in own:
         return "frozen weight" if weight in dict(module.named_parameters(recurse=False)) else type(module).__name__
     twins = users[own[weight]]
     alike = all(
-        type(twin) is type(module) and getattr(twin, bias, None) is getattr(module, bias, None) for twin in twins
+        type(twin) is type(module)
+        and getattr(twin, bias, None) is getattr(module, bias, None)
+        and getattr(twin, "groups", 1) == getattr(module, "groups", 1)
+        for twin in twins
     )
     if not alike or (bias in own and len(users[own[bias]]) != len(twins)):
         return "shared parameter"
     if isinstance(module, nn.Embedding):
         return "sparse gradient" if module.sparse else ""
-    side = own[weight][0].numel() + (bias in own)
-    return f"{side} inputs, more than {max_side}" if side > max_side else ""
-
-
-def _outputs(module: nn.Module) -> int:
-    """The side of K-FAC's left factor."""
-    weight = getattr(module, _NAMES[type(module)][0])
-    return len(weight) // (module.groups if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1)
+    side, outputs = own[weight][0].numel() + (bias in own), len(own[weight]) // getattr(module, "groups", 1)
+    if side > max_side:
+        return f"{side} inputs, more than {max_side}"
+    if max_outputs is not None and outputs > max_outputs:
+        return f"{outputs} outputs, more than {max_outputs}"
+    return ""
 
 
 def inputs_of(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Iterator[Tensor]:
@@ -104,13 +112,23 @@ def rows_of(layer: nn.Module, x: Tensor, stride: int = 1, offset: int = 0) -> Te
     """The x that a layer sees, one a row: [examples · positions, n], or [groups, …, n] of a grouped convolution.
 
     With a ``stride`` only every so-many-th position counts, from the ``offset``-th: of a convolution
-    in each direction, else along the dimension before the last.
+    in each direction, of attention along the sequence, else along the dimension before the last.
     """
     if isinstance(layer, CONVOLUTIONS):
         return patches(layer, x, stride, offset)
-    if x.ndim > 2 and stride > 1:
-        x = x[..., offset % min(stride, x.shape[-2]) :: stride, :]
+    if isinstance(layer, nn.MultiheadAttention):
+        x = _every(x, 1 if layer.batch_first and x.ndim == 3 else 0, stride, offset)
+    elif x.ndim > 2:
+        x = _every(x, x.ndim - 2, stride, offset)
     return x.reshape(-1, x.shape[-1])
+
+
+def _every(x: Tensor, dimension: int, stride: int, offset: int) -> Tensor:
+    """Every ``stride``-th entry along a dimension, from the ``offset``-th on, of which there is at least one."""
+    if stride == 1:
+        return x
+    start = offset % min(stride, x.shape[dimension])
+    return x[(slice(None),) * dimension + (slice(start, None, stride),)]
 
 
 def patches(layer: nn.Module, images: Tensor, stride: int = 1, offset: int = 0) -> Tensor:
@@ -129,9 +147,7 @@ def patches(layer: nn.Module, images: Tensor, stride: int = 1, offset: int = 0) 
     view = images
     for i, (size, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
         view = view.unfold(2 + i, gap * (size - 1) + 1, step)[..., ::gap]
-        if stride > 1:
-            here = torch.arange(offset % min(stride, view.shape[2 + i]), view.shape[2 + i], stride)
-            view = view[(slice(None),) * (2 + i) + (slice(int(here[0]), None, stride),)]
+        view = _every(view, 2 + i, stride, offset)
     # [batch, channels, positions …, kernel …] -> [channels, kernel …, batch, positions …]: copied in longer
     # runs than patch by patch, and so twice as fast.
     kernel, positions = range(2 + dimensions, 2 + 2 * dimensions), range(2, 2 + dimensions)

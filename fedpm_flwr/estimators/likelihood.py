@@ -1,7 +1,8 @@
 """The losses whose curvature is known from the model's outputs alone: no labels are needed.
 
-Outputs z are [examples, classes] or [examples, classes, …]: every further position is an example of
-its own, as for ``torch.nn.functional.cross_entropy``. The loss is the mean over these m examples.
+Outputs z are [examples, classes] or [examples, classes, …]: every further position has a loss of
+its own, as for ``torch.nn.functional.cross_entropy``. The loss is the mean over all m of these. Here
+they are seen as [examples, positions, classes], with one position where there are no more.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ def check_loss(loss: str) -> str:
 
 
 def as_logits(outputs: object) -> Tensor:
-    """The model's outputs as [m, classes], float32 at least; ``outputs.logits`` where they are no tensor.
+    """The outputs as [examples, positions, classes], float32 at least; ``outputs.logits`` if they are no tensor.
 
     Raises:
         TypeError: there is no such tensor.
@@ -33,36 +34,38 @@ def as_logits(outputs: object) -> Tensor:
     if not isinstance(outputs, Tensor) or outputs.ndim < 2 or (wrapped and outputs.ndim > 2):
         raise TypeError("curvature by outputs needs a model that returns one tensor [examples, classes, ...]")
     rows: Tensor = outputs.movedim(1, -1)
-    return at_least_float32(rows.flatten(0, -2))
+    return at_least_float32(rows[:, None] if rows.ndim == 2 else rows.flatten(1, -2))
 
 
 def sampled_gradient(logits: Tensor, loss: str, generator: torch.Generator) -> Tensor:
-    """∂ℓ/∂z of each example, [m, classes], for a target drawn from the model's own distribution.
+    """∂ℓ/∂z, as ``logits`` [examples, positions, classes], for targets drawn from the model's own distribution.
 
     The mean of its outer products is the Hessian of ℓ by z: p − ŷ with ŷ ~ p for cross-entropy; for
     ``torch.nn.functional.mse_loss``, ℓ = ‖z − y‖² / classes, √(2 / classes) ε with ε ~ N(0, I).
     """
     if loss == "mse":
         noise = torch.randn(logits.shape, generator=generator, dtype=logits.dtype, device=logits.device)
-        return noise.mul_((2 / logits.shape[1]) ** 0.5)
-    probabilities = logits.detach().softmax(dim=1)
-    # The first arrival among exponential clocks of rates p is drawn by p; unlike torch.multinomial this
-    # neither waits for the device nor raises where outputs are not finite.
-    drawn = (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(1, True)
-    return probabilities - torch.zeros_like(probabilities).scatter_(1, drawn, 1.0)
+        return noise.mul_((2 / logits.shape[-1]) ** 0.5)
+    probabilities = logits.detach().softmax(dim=-1)
+    # As torch.multinomial draws, but that raises where outputs are not finite, and on a GPU ends the process.
+    drawn = (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1, True)
+    return probabilities - torch.zeros_like(probabilities).scatter_(-1, drawn, 1.0)
 
 
 def exact_gradients(logits: Tensor, loss: str) -> Iterator[Tensor]:
-    """Vectors [m, classes], one for each class, whose outer products add up to the Hessian of ℓ by z."""
-    classes = logits.shape[1]
-    if loss == "mse":
+    """Vectors as ``logits`` is, one for each position and class, whose outer products add up to the Hessian by z.
+
+    Each is of one position only: a layer's output that several positions depend on gets the sum of
+    their gradients, and the products of two positions' are no part of the Hessian.
+    """
+    _, positions, classes = logits.shape
+    root = logits.detach().softmax(dim=-1).sqrt()
+    for t in range(positions):
         for c in range(classes):
-            column = torch.zeros_like(logits)
-            column[:, c] = (2 / classes) ** 0.5
+            column = torch.zeros_like(root)
+            if loss == "mse":
+                column[:, t, c] = (2 / classes) ** 0.5
+            else:  # diag(p) − p pᵀ = S Sᵀ with S = diag(√p) − p √pᵀ
+                column[:, t] = -root[:, t].square() * root[:, t, c, None]
+                column[:, t, c] += root[:, t, c]
             yield column
-        return
-    root = logits.detach().softmax(dim=1).sqrt()
-    for c in range(classes):  # diag(p) − p pᵀ = S Sᵀ with S = diag(√p) − p √pᵀ
-        column = -root.square() * root[:, c : c + 1]
-        column[:, c] += root[:, c]
-        yield column
