@@ -30,6 +30,7 @@ class Operator(ABC):
     @classmethod
     def part_names(cls) -> list[str]:
         """The names of P's tensors."""
+        # mypy cannot know that every kind is a dataclass; a kind that is none fails here at once.
         return [field.name for field in dataclasses.fields(cls) if field.type is Tensor]  # type: ignore[arg-type]
 
     def parts(self) -> dict[str, Tensor]:
@@ -38,8 +39,11 @@ class Operator(ABC):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """P with the function applied to each of its tensors."""
-        changed = {name: function(tensor) for name, tensor in self.parts().items()}
-        return dataclasses.replace(self, **changed)  # type: ignore[type-var]
+        return self.with_parts({name: function(tensor) for name, tensor in self.parts().items()})
+
+    def with_parts(self, parts: Mapping[str, Tensor]) -> Self:
+        """P with these tensors, by name, in place of its own."""
+        return dataclasses.replace(self, **parts)  # type: ignore[type-var]  # as above
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Self:
         """P with its tensors of this dtype, on this device."""

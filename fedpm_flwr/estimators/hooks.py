@@ -19,7 +19,8 @@ class Hook:
         self._owner = weakref.ref(owner)
         self._method = method
         self._extra = extra
-        # A compiled model runs it as it is. Not as a decorator: that takes seconds to import.
+        # A compiled model runs it as it is. Not as a decorator: that takes seconds to import. (torch does
+        # not annotate it.)
         self._run = torch.compiler.disable(self._measure)  # type: ignore[no-untyped-call]
 
     def __reduce__(self) -> tuple[type["Idle"], tuple[()]]:

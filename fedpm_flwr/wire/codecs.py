@@ -1,6 +1,5 @@
 """How a part of a curvature becomes named tensors. A new codec is listed in ``CODECS``."""
 
-import dataclasses
 from typing import Protocol
 
 import torch
@@ -83,5 +82,4 @@ def as_decoded(codec: Codec, curvature: Curvature) -> Curvature:
     parts = curvature.parts()
     shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
     arrived = unpack(codec, type(curvature), shapes, pack(codec, curvature))
-    changed = {part: tensor.to(parts[part]) for part, tensor in arrived.items()}
-    return dataclasses.replace(curvature, **changed)  # type: ignore[type-var]
+    return curvature.with_parts({part: tensor.to(parts[part]) for part, tensor in arrived.items()})
