@@ -246,6 +246,10 @@ def test_a_sum_that_is_singular_or_indefinite_is_an_error() -> None:
         with pytest.raises(CurvatureError):
             total.check_positive_definite()
     assert torch.equal(plus(indefinite.damped(3.0), turned).solve(torch.zeros(2, 2)), torch.zeros(2, 2))
+    # Its diagonal tells nothing: only the direction (1, −1) does.
+    hidden = Kronecker(torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64), torch.eye(2).double())
+    with pytest.raises(CurvatureError, match=r"not positive definite: .* in one direction"):
+        plus(hidden, turned.scaled(0.1)).solve(torch.tensor([[1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64))
 
 
 def test_stacks_of_different_groups_are_summed_all_the_same() -> None:

@@ -1,9 +1,12 @@
-"""Reading requests."""
+"""Reading requests, and curvature."""
 
+import pytest
+import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedpm_flwr import messages
+from fedpm_flwr.curvature import Block, KroneckerRight, LayerCurvature
 
 from .test_inline import exchange
 
@@ -20,3 +23,14 @@ def test_a_request_without_a_round_or_a_codec() -> None:
 
     for reply in exchange(app)[0]:
         assert reply.error.reason == "ValueError: the request names no 'server-round' as a whole number"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no convergence"), MemoryError("no memory")])
+def test_curvature_that_cannot_be_checked_is_refused(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(curvature: KroneckerRight) -> None:
+        raise error
+
+    monkeypatch.setattr(KroneckerRight, "check_positive_definite", fail)
+    layer = LayerCurvature(Block("head", ("w",)), KroneckerRight(torch.eye(2)), 0.1)
+    with pytest.raises(messages.ReplyError, match=f"its curvature: layer 'head': {error}"):
+        messages._check_layer(layer, (0.0, 1.0))
