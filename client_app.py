@@ -1,5 +1,8 @@
 """The application's client: wiring only."""
 
+from pathlib import Path
+
+import torch
 import torch.nn.functional as F
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -8,8 +11,10 @@ from torch import nn
 from fedpm_flwr import messages
 from fedpm_flwr.algorithms import get_algorithm
 from fedpm_flwr.config import Config
+from fedpm_flwr.method import Job
+from fedpm_flwr.state import ClientState
 from fedpm_flwr.tasks import build_model, client_data, load_dataset
-from fedpm_flwr.training import derive_seed, evaluate, fit, loader, pick_device, reproducible
+from fedpm_flwr.training import derive_seed, evaluate, loader, pick_device, reproducible
 
 app = ClientApp()
 
@@ -24,20 +29,19 @@ def train(message: Message, context: Context) -> Message:
     with reproducible(seed, config.threads, device):
         data = client_data(config, partition, partitions, augment=config.augment)
         batches = loader(data, config.batch_size, seed)
-        model = _global_model(config, message).to(device)
-        steps = config.local_steps or config.local_epochs * len(batches)
-        codec = messages.asked_codec(message) if steps == 1 else None
-        optimizer = get_algorithm(config.algorithm).optimizer(config, model, codec)
-        result = fit(model, batches, optimizer, F.cross_entropy, steps=steps, device=device)
-        metrics = {
-            messages.NUM_EXAMPLES: len(data),
-            "train-loss": result.loss,
-            "train-accuracy": result.accuracy,
-            "local-steps": result.steps,
-        }
-        if result.diverged:
-            metrics[messages.DIVERGED] = 1
-        return messages.train_reply(message, model, metrics, optimizer)
+        job = Job(
+            config=config,
+            request=message,
+            model=_global_model(config, message).to(device),
+            batches=batches,
+            examples=len(data),
+            steps_an_epoch=len(batches),
+            loss=F.cross_entropy,
+            device=device,
+            seed=seed,
+            state=_state(config, message, partition),
+        )
+        return get_algorithm(config.algorithm).client(job)
 
 
 @app.evaluate()
@@ -62,5 +66,11 @@ def partition(message: Message, context: Context) -> Message:
 def _global_model(config: Config, message: Message) -> nn.Module:
     split = load_dataset(config.dataset, config.max_train_examples)
     model = build_model(config.model, split.input_shape, split.classes, config.seed, split.input_dtype)
+    model.to(getattr(torch, config.dtype))
     model.load_state_dict(message.content.array_records[messages.ARRAYS].to_torch_state_dict())
     return model
+
+
+def _state(config: Config, message: Message, partition: int) -> ClientState:
+    folder = Path(config.state_folder) if config.state_folder else None
+    return ClientState(folder, messages.asked(message, messages.EXPERIMENT) or "unnamed", f"partition-{partition}")

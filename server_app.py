@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -25,7 +26,8 @@ def main(grid: Grid, context: Context) -> None:
     config = Config.from_run_config(context.run_config)
     device = pick_device(config.device)
     split = load_dataset(config.dataset, config.max_train_examples)
-    model = build_model(config.model, split.input_shape, split.classes, config.seed, split.input_dtype).to(device)
+    model = build_model(config.model, split.input_shape, split.classes, config.seed, split.input_dtype)
+    model.to(device, getattr(torch, config.dtype))
     if config.initial_model:
         load_weights(model, config.initial_model)
     test_batches = loader(split.test, _EVALUATION_BATCH)

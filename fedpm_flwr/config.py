@@ -13,12 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ALGORITHMS = ("fedpm", "localnewton", "fedavg")
+ALGORITHMS = (
+    "fedpm",
+    "localnewton",
+    "fedavg",
+)
 DATASETS = ("digits", "breast-cancer", "cifar10", "cifar100", "mnist", "fashion-mnist")
 FILES = ("npz:", "libsvm:", "text:")
 """What a dataset may start with instead; an absolute path follows."""
-MODELS = ("cnn", "linear", "mlp", "lenet", "resnet18-gn", "vit", "char-lm")
-PARTITIONS = ("dirichlet", "iid")
+MODELS = ("cnn", "linear", "logistic", "mlp", "lenet", "resnet18-gn", "vit", "char-lm")
+PARTITIONS = ("dirichlet", "iid", "contiguous")
+DTYPES = ("float32", "float64")
 OPTIMIZERS = ("foof", "kfac", "sophia", "ltda", "newton")
 FISHERS = ("sampled", "exact", "empirical")
 KRONECKER_SUMS = ("exact", "factored")
@@ -95,7 +100,9 @@ class Config:
     alpha: float = _setting(0.1, "Dirichlet concentration; small: one client, few labels", above=0)
     seed: int = _setting(0, "of the partition, initial model, sampling, batches", low=0, high=2**32 - 1)
     device: str = _setting("auto", "auto (CUDA where there is one), cpu, cuda, cuda:N, mps")
+    dtype: str = _setting("float32", "of the model; float64 is for small convex problems", choices=DTYPES)
     threads: int = _setting(1, "torch threads of a client and of the server", low=1)
+    state_folder: str = _setting("", "absolute folder of what clients keep between rounds; empty: a temporary one")
     output: str = _setting("", "absolute folder for results; empty: runs/<date-time>-<algorithm>")
 
     def __post_init__(self) -> None:
@@ -103,7 +110,7 @@ class Config:
             value = _cast(setting, getattr(self, setting.name))
             _check(setting, value)
             object.__setattr__(self, setting.name, value)
-        for key in ("output", "initial_model", "dataset"):
+        for key in ("output", "initial_model", "state_folder", "dataset"):
             value = getattr(self, key)
             path = value.partition(":")[2] if key == "dataset" else value
             if path and not Path(path).is_absolute():

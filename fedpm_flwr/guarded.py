@@ -2,8 +2,9 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -17,7 +18,10 @@ from .report import PREFIX
 
 _MAX_REASON = 300
 """Longest reason that a warning repeats: part of it may be a stranger's text."""
+_EXCHANGE_TIMEOUT_S = 3600.0
+"""As Flower's own for a round."""
 _log = logging.getLogger("flwr")
+_Read = TypeVar("_Read")
 
 
 class FailedRoundsError(RuntimeError):
@@ -54,6 +58,7 @@ class Guarded(FedAvg):
         self.failed_rounds = 0
         """How many rounds in a row have failed."""
         self._theta: dict[str, Tensor] = {}
+        self._experiment = ""
         self._asked = False
         self._partition_of: Callable[[int], int | None] = _unknown
 
@@ -63,7 +68,10 @@ class Guarded(FedAvg):
         """As the guarded strategy, which sends θ."""
         self._theta = arrays.to_torch_state_dict()
         self._partition_of = getattr(grid, "partition_of", _unknown)
-        requests = list(super().configure_train(server_round, arrays, config, grid))
+        if server_round == 1 or not self._experiment:
+            self._experiment = uuid.uuid4().hex
+        named = ConfigRecord({**config, messages.EXPERIMENT: self._experiment})
+        requests = list(super().configure_train(server_round, arrays, named, grid))
         self._asked = bool(requests)
         return requests
 
@@ -77,7 +85,7 @@ class Guarded(FedAvg):
         """
         if not self._asked:  # as with fraction_train=0
             return None, None
-        usable = _Counted(self._usable(server_round, replies))
+        usable = _Counted(self.usable(server_round, replies, self.read))
         try:
             arrays, metrics = self.combine(server_round, usable)
             failure = "" if arrays is not None else "the strategy gave no model"
@@ -127,14 +135,28 @@ class Guarded(FedAvg):
         """
         return messages.read_update(reply, self._theta, weighted_by=self.weighted_by_key)
 
-    def _usable(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[Message, Update]]:
+    def ask(
+        self, server_round: int, grid: Grid, requests: Iterable[Message], phase: str, extra: Mapping[str, Tensor]
+    ) -> list[Message]:
+        """One more exchange in a round, before or after that of the training requests, with the same nodes.
+
+        The clients find ``phase`` under ``messages.PHASE`` in the config, and ``extra`` beside θ. What
+        comes back is unchecked: read it by ``usable``.
+        """
+        asking = [with_extra(request, extra, {messages.PHASE: phase}) for request in requests]
+        return list(grid.send_and_receive(asking, timeout=_EXCHANGE_TIMEOUT_S))
+
+    def usable(
+        self, server_round: int, replies: Iterable[Message], read: Callable[[Message], _Read]
+    ) -> Iterator[tuple[Message, _Read]]:
+        """The replies that ``read`` can read, with what it made of them; the others are left out and named."""
         for reply in replies:
             try:
-                update = self.read(reply)
+                made = read(reply)
             except ReplyError as error:
                 self._warn(server_round, "reply", reply, error)
             else:
-                yield reply, update
+                yield reply, made
 
     def _as_sent(self, arrays: ArrayRecord) -> ArrayRecord:
         """The aggregate in θ's dtypes: averaging makes floats of integers."""
@@ -159,6 +181,25 @@ class Guarded(FedAvg):
         partition = self._partition_of(node)
         place = f"node {node}" if partition is None else f"node {node} (partition {partition})"
         _log.warning("%sround %d: left out the %s of %s: %s", PREFIX, server_round, what, place, _one_line(error))
+
+
+def with_extra(
+    request: Message, extra: Mapping[str, Tensor], config: Mapping[str, str | int | float] | None = None
+) -> Message:
+    """A request like this one with further tensors, and with further entries in its config."""
+    records = {**request.content}
+    ((name, old),) = request.content.config_records.items()
+    records[name] = ConfigRecord({**old, **(config or {})})
+    if extra:
+        records[messages.EXTRA] = messages.tensors_record(extra)
+    changed = Message(
+        RecordDict(records),
+        dst_node_id=request.metadata.dst_node_id,
+        message_type=request.metadata.message_type,
+        ttl=request.metadata.ttl,
+        group_id=request.metadata.group_id,
+    )
+    return changed
 
 
 class _Counted:

@@ -13,21 +13,30 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from . import __version__
 from .curvature import CurvatureError, LayerCurvature
-from .wire import decode, encode
+from .wire import decode, encode, own_copies
 
 ARRAYS = "arrays"
 CONFIG = "config"
 METRICS = "metrics"
 CURVATURE = "curvature"
+EXTRA = "extra"
+"""Further tensors of a method, as control variates, beside the model: in requests and replies."""
 
 NUM_EXAMPLES = "num-examples"
 SERVER_ROUND = "server-round"
 CURVATURE_CODEC = "curvature-codec"
 """In the request's config: the codec that curvature shall travel in; absent: send none."""
+EXPERIMENT = "experiment"
+"""In the request's config: a name that no other run has, by which clients keep their state."""
+PHASE = "phase"
+"""In the request's config, where a round has several exchanges: which one; absent: ``TRAIN``."""
+TRAIN = "train"
 PAYLOAD = "payload"
 VERSION = "version"
 """Beside the payload: the version of this library that made it."""
@@ -71,10 +80,7 @@ class Update:
 
 def asked_codec(message: Message) -> str | None:
     """The codec in which the server wants curvature, or None if it wants none."""
-    for config in message.content.config_records.values():  # under whatever name the strategy sends it
-        if CURVATURE_CODEC in config:
-            return str(config[CURVATURE_CODEC])
-    return None
+    return asked(message, CURVATURE_CODEC)
 
 
 def server_round_of(request: Message) -> int:
@@ -90,6 +96,45 @@ def server_round_of(request: Message) -> int:
     raise ValueError(f"the request names no {SERVER_ROUND!r} as a whole number")
 
 
+def asked(request: Message, key: str) -> str | None:
+    """What the request's config says under this key, as text; None: nothing."""
+    for config in request.content.config_records.values():  # under whatever name the strategy sends it
+        if key in config:
+            return str(config[key])
+    return None
+
+
+def tensors_record(tensors: Mapping[str, Tensor]) -> ConfigRecord:
+    """Named tensors as one bytes value: stock strategies and clients pass over it."""
+    return ConfigRecord({PAYLOAD: save(own_copies(tensors))})
+
+
+def read_tensors(
+    content: RecordDict, shapes: Mapping[str, Sequence[int]] | None = None, *, record: str = EXTRA
+) -> dict[str, Tensor]:
+    """The tensors of a ``tensors_record``; exactly those of ``shapes``, if given, and finite.
+
+    Raises:
+        ReplyError: naming what is wrong.
+    """
+    payload = content.config_records.get(record, ConfigRecord()).get(PAYLOAD)
+    if not isinstance(payload, bytes):
+        raise ReplyError(f"it holds no {record!r} tensors")
+    try:
+        tensors = load(payload)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ReplyError(f"its {record!r} tensors cannot be read: {error}") from error
+    if shapes is not None and set(tensors) != set(shapes):
+        odd = sorted(set(tensors) ^ set(shapes))
+        raise ReplyError(f"its {record!r} tensors are not those asked for; missing or extra: {', '.join(odd[:5])}")
+    for key, tensor in tensors.items():
+        if shapes is not None and list(tensor.shape) != list(shapes[key]):
+            raise ReplyError(f"its {record!r} tensor {key!r} is {list(tensor.shape)}, not {list(shapes[key])}")
+        if not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
+            raise ReplyError(f"its {record!r} tensor {key!r} is not finite floating-point numbers")
+    return tensors
+
+
 def curvature_record(optimizer: Preconditioned, request: Message) -> ConfigRecord:
     """What the optimizer preconditioned by, as the request wants it; empty if it wants none.
 
@@ -103,7 +148,10 @@ def curvature_record(optimizer: Preconditioned, request: Message) -> ConfigRecor
 
 
 def train_reply(
-    request: Message, model: nn.Module, metrics: Mapping[str, int | float], optimizer: torch.optim.Optimizer
+    request: Message,
+    model: nn.Module,
+    metrics: Mapping[str, int | float],
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Message:
     """The reply to a training request; ``metrics`` must hold ``num-examples``.
 

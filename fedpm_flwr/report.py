@@ -56,12 +56,11 @@ class RunReport:
     def save(self, state: "Mapping[str, Tensor]") -> None:
         """Write the model and the plot, as they are now."""
         # Imported here: what only watches a run, as scripts/simulate.py does, need not wait for torch.
-        import torch
         from safetensors.torch import save_file
 
-        # Copies: safetensors refuses tensors that share memory, as tied weights do.
-        copies = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
-        save_file(copies, self.folder / "model.safetensors")
+        from .wire import own_copies
+
+        save_file(own_copies(state), self.folder / "model.safetensors")
         label = f"{self._config.algorithm} on {self._config.dataset}"
         plot_curves({label: [self.rows]}, self.folder / "curves.png")
         if self.rows:

@@ -52,7 +52,7 @@ def fit(
     correct = torch.zeros((), dtype=torch.int64, device=device)
     examples = taken = 0
     for inputs, targets in islice(_passes(batches, None if steps else epochs), steps or None):
-        inputs, targets = inputs.to(device), targets.to(device)
+        inputs, targets = on_device(model, inputs, targets, device)
         optimizer.zero_grad()
         outputs = model(inputs)
         loss = loss_fn(outputs, targets)
@@ -90,12 +90,20 @@ def evaluate(
     correct = torch.zeros((), dtype=torch.int64, device=device)
     examples = 0
     for inputs, targets in batches:
-        inputs, targets = inputs.to(device), targets.to(device)
+        inputs, targets = on_device(model, inputs, targets, device)
         outputs = model(inputs)
         loss += loss_fn(outputs, targets) * len(inputs)
         correct += (outputs.argmax(dim=1) == targets).sum()
         examples += len(inputs)
     return float(loss) / max(examples, 1), float(correct) / max(examples, 1)
+
+
+def on_device(
+    model: nn.Module, inputs: Tensor, targets: Tensor, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """A batch where the model is; floating-point inputs in the dtype of its parameters."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), inputs.dtype)
+    return inputs.to(device, dtype if inputs.is_floating_point() else inputs.dtype), targets.to(device)
 
 
 def loader(data: Dataset[Any], batch_size: int, seed: int | None = None) -> DataLoader[Any]:

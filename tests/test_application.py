@@ -14,12 +14,13 @@ from torch import nn
 
 import client_app
 import server_app
-from fedpm_flwr import messages
+from fedpm_flwr import messages, method
 from fedpm_flwr.algorithms import get_algorithm, settings_without_effect
 from fedpm_flwr.config import ALGORITHMS, Config
 from fedpm_flwr.guarded import FailedRoundsError
 from fedpm_flwr.inline import run_inline
 from fedpm_flwr.optim import FOOF
+from fedpm_flwr.optimizers import second_order
 from fedpm_flwr.strategy import FedPM
 from fedpm_flwr.tasks import DataError, Examples, build_model, client_data, load_dataset
 from fedpm_flwr.tasks.partitions import _parts
@@ -126,7 +127,7 @@ def test_settings_reach_the_server_and_the_clients(tmp_path: Path, monkeypatch: 
         threads.append(torch.get_num_threads())
         return fit(*arguments, **options)
 
-    monkeypatch.setattr(client_app, "fit", note)
+    monkeypatch.setattr(method, "fit", note)
     run(tmp_path, {"num-server-rounds": 1, "threads": 3})
     assert threads == [3, 3, 3]
 
@@ -275,7 +276,7 @@ def test_every_optimizer_setting_reaches_the_optimizer() -> None:
         position_stride=2,
     )
     model = build_model("lenet", (1, 16, 16), 10, 0)
-    optimizer = get_algorithm("fedpm").optimizer(config, model, "triangle-float64")
+    optimizer = second_order(config, model, "triangle-float64")
     assert isinstance(optimizer, FOOF)
     group = optimizer.param_groups[0]
     names = ("lr", "plain_lr_scale", "damping", "momentum", "weight_decay")

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpm_flwr import config as settings
-from fedpm_flwr.algorithms import OPTIMIZERS, REGISTRY
+from fedpm_flwr.algorithms import REGISTRY
 from fedpm_flwr.config import Config, ConfigError, describe
 from fedpm_flwr.estimators import FISHERS
+from fedpm_flwr.optimizers import OPTIMIZERS
 from fedpm_flwr.tasks.datasets import _LOADERS
 from fedpm_flwr.tasks.files import LOADERS
 from fedpm_flwr.tasks.models import _MODELS

@@ -64,6 +64,25 @@ def _linear(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), classes))
 
 
+class Logistic(nn.Module):
+    """Binary logistic regression, θ of d entries: outputs [0, θᵀx], whose cross-entropy is log(1 + exp(∓θᵀx))."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.theta = nn.Linear(features, 1, bias=False)
+        nn.init.zeros_(self.theta.weight)  # where the convex literature starts
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.pad(self.theta(inputs.flatten(1)), (1, 0))
+
+
+def _logistic(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Binary logistic regression without a bias, from θ = 0."""
+    if classes != 2:
+        raise ValueError(f"model='logistic' is for 2 classes, not {classes}; 'linear' takes any number")
+    return Logistic(math.prod(input_shape))
+
+
 def _mlp(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """One hidden layer of 64 units, on inputs of any shape."""
     return nn.Sequential(
@@ -166,6 +185,7 @@ def _image(model: str, shape: tuple[int, ...], least: int) -> tuple[int, int, in
 
 _MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "linear": _linear,
+    "logistic": _logistic,
     "mlp": _mlp,
     "lenet": _lenet,
     "cnn": _cnn,

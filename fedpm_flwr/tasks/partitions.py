@@ -20,6 +20,8 @@ def partition_indices(
 ) -> list[list[int]]:
     """The examples of each client; together they are all examples, each once.
 
+    ``contiguous``: nearly equal parts of the examples as they lie.
+
     A client that the Dirichlet distribution leaves with fewer than 10 (or half of an equal share, if
     that is less) gets the missing ones from whoever has most.
 
@@ -29,6 +31,8 @@ def partition_indices(
     least = min(_MIN_EXAMPLES, len(labels) // (2 * num_partitions))
     if least < 1:
         raise ValueError(f"{len(labels)} examples are too few for {num_partitions} clients")
+    if partition == "contiguous":
+        return [part.tolist() for part in np.array_split(np.arange(len(labels)), num_partitions)]
     # The partitioners shuffle, so each example carries its own index along.
     order = np.random.default_rng(seed).permutation(len(labels))
     partitioner: Partitioner

@@ -1,0 +1,16 @@
+"""LocalNewton (Gupta et al., 2021, arXiv 2105.07320): local second-order steps, averaged.
+
+    θᵢ ← θᵢ − η Pᵢ⁻¹ gᵢ (K times),      θ⁺ = Σ wᵢ θᵢ,  wᵢ = nᵢ / Σ nⱼ
+
+P is that of the setting ``optimizer``, where the source has the Hessian and a line search.
+"""
+
+from ..guarded import Guarded
+from ..method import Method, local_training, shared_by_strategies
+from ..optimizers import second_order
+
+METHOD = Method(
+    client=local_training(lambda job: second_order(job.config, job.model, job.codec)),
+    strategy=lambda config: Guarded(**shared_by_strategies(config)),
+    reads_optimizer=True,
+)

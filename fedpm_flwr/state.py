@@ -1,0 +1,108 @@
+"""What a client keeps between the rounds of a run, on its own disk."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .wire import own_copies
+
+_FORMAT, _VERSION = "fedpm-flwr client state", "1"
+_KEPT_ROUNDS = 2
+"""The newest, and the one before it, which the server still counts on if the newest reply was lost."""
+_KEPT_RUNS = 8
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_SUFFIX = ".safetensors"
+_log = logging.getLogger("flwr")
+
+
+def default_folder() -> Path:
+    """Where states are kept if nothing else is said: in the system's temporary folder, a place for each user."""
+    return Path(tempfile.gettempdir()) / f"fedpm-flwr-state-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+
+
+class ClientState:
+    """Named tensors of one client in one run, by round: ``folder/run/client/round.safetensors``.
+
+    Files appear whole or not at all. The last two rounds of a client are kept, and the last eight runs
+    of a folder. A file that cannot be read, or is of another version, is as if it were not there: the
+    methods that keep state go on without it, and the log says so.
+
+    Args:
+        folder: of all runs; None: ``default_folder()``.
+        run: a name that no other run has, which the server's requests tell.
+        client: a name that no other client of the run has on this machine.
+
+    Raises:
+        ValueError: a name has other characters than letters, digits, - and _, or more than 64.
+    """
+
+    def __init__(self, folder: Path | None, run: str, client: str) -> None:
+        for what, name in (("run", run), ("client", client)):
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{what} name {name!r:.80} is not allowed; allowed: 1 to 64 of A-Z a-z 0-9 _ -")
+        self._root = folder or default_folder()
+        self._runs = self._root / run
+        self._folder = self._runs / client
+
+    def save(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep these tensors as the state after round ``number``.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        if not self._runs.exists():
+            self._forget_old_runs()
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        metadata = {"format": _FORMAT, "version": _VERSION, "round": str(number)}
+        handle, part = tempfile.mkstemp(dir=self._folder, suffix=".part")
+        os.close(handle)
+        try:
+            save_file(own_copies(tensors), part, metadata)
+            os.replace(part, self._path(number))
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
+        for old in self.rounds()[:-_KEPT_ROUNDS]:
+            self._path(old).unlink(missing_ok=True)
+
+    def load(self, number: int | None = None) -> dict[str, Tensor]:
+        """The state after round ``number``, by default the newest; empty: there is none."""
+        kept = self.rounds()
+        if number is None and kept:
+            number = kept[-1]
+        if number not in kept:
+            return {}
+        assert number is not None
+        path = self._path(number)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                expected = {"format": _FORMAT, "version": _VERSION, "round": str(number)}
+                if metadata != expected:
+                    raise ValueError(f"it says {json.dumps(metadata)}, not {json.dumps(expected)}")
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+        except (OSError, ValueError, SafetensorError) as error:
+            _log.warning("client state %s cannot be used, the client goes on without it: %s", path, error)
+            return {}
+
+    def rounds(self) -> list[int]:
+        """The rounds that there is a state of, in order."""
+        names = [path.name.removesuffix(_SUFFIX) for path in self._folder.glob(f"*{_SUFFIX}")]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number}{_SUFFIX}"
+
+    def _forget_old_runs(self) -> None:
+        runs = sorted(self._root.glob("*/"), key=lambda path: path.stat().st_mtime)
+        for old in runs[: max(len(runs) - _KEPT_RUNS + 1, 0)]:
+            shutil.rmtree(old, ignore_errors=True)
