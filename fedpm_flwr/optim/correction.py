@@ -1,4 +1,4 @@
-"""Local steps by a corrected gradient, under any optimizer: g ← g + a, as for control variates and proximal terms."""
+"""Local steps by a corrected gradient, g ← g + a, under any optimizer: for control variates, proximal terms."""
 
 from collections.abc import Callable
 from typing import Any
