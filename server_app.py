@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedpm_flwr import messages
 from fedpm_flwr.algorithms import get_algorithm, settings_without_effect
 from fedpm_flwr.config import Config
 from fedpm_flwr.report import SPREAD, RunReport, spread
 from fedpm_flwr.reproducible import PartitionOrderedGrid
-from fedpm_flwr.tasks import build_model, load_dataset, load_weights
+from fedpm_flwr.tasks import build_model, distance, load_dataset, load_reference, load_weights
 from fedpm_flwr.training import evaluate, loader, pick_device, reproducible
 
 _EVALUATION_BATCH = 512
@@ -30,17 +29,22 @@ def main(grid: Grid, context: Context) -> None:
     model.to(device, getattr(torch, config.dtype))
     if config.initial_model:
         load_weights(model, config.initial_model)
+    reference = load_reference(model, config.reference_model) if config.reference_model else None
     test_batches = loader(split.test, _EVALUATION_BATCH)
     report = RunReport(config)
     for line in settings_without_effect(config):
         report.say(line)
+    ordered = PartitionOrderedGrid(grid, config.seed)
     from_clients: dict[str, int | float] = {}
 
     def evaluate_global_model(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
         loss, accuracy = evaluate(model, test_batches, F.cross_entropy, device)
         tested = {"test-accuracy": accuracy, "test-loss": loss}
-        report.add_round(server_round, {"uplink-bytes": 0, "clients": 0} | from_clients | tested)
+        sent = ordered.uplink_bytes - sum(int(row["uplink-bytes"]) for row in report.rows)
+        if reference is not None:
+            tested["distance"] = distance(model, reference)
+        report.add_round(server_round, {"clients": 0} | from_clients | tested | {"uplink-bytes": sent})
         from_clients.clear()
         return MetricRecord({**tested})
 
@@ -51,7 +55,6 @@ def main(grid: Grid, context: Context) -> None:
         averaged = average(replies, weighted_by)
         from_clients.update(_numbers(averaged))
         from_clients.update(_spread(replies, "train-accuracy", max) | _spread(replies, "train-loss", min))
-        from_clients["uplink-bytes"] = sum(messages.count_bytes(reply) for reply in replies)
         from_clients["clients"] = len(replies)
         return averaged
 
@@ -64,7 +67,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         with reproducible(config.seed, config.threads, device):
             result = strategy.start(
-                grid=PartitionOrderedGrid(grid, config.seed),
+                grid=ordered,
                 initial_arrays=ArrayRecord(model.state_dict()),
                 num_rounds=config.num_server_rounds,
                 evaluate_fn=evaluate_global_model,

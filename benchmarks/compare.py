@@ -231,6 +231,11 @@ def _run(config: Config, nodes: int) -> Rounds:
         from fedpm_flwr.inline import run_inline
 
         run_inline(server_app.app, client_app.app, nodes, config.to_run_config())
+    return read_rounds(folder)
+
+
+def read_rounds(folder: Path) -> Rounds:
+    """The metrics that a run has left."""
     rounds: Rounds = json.loads((folder / "metrics.json").read_text(), object_hook=_with_nan)
     return rounds
 

@@ -1,6 +1,8 @@
 """Which client and which strategy make an algorithm. A new one is one file, and one line in ``REGISTRY``."""
 
-from . import strategy
+from typing import Any
+
+from . import corrected, strategy
 from .config import Config
 from .method import Method, local_training, shared_by_strategies
 from .optimizers import OPTIMIZERS, second_order
@@ -31,7 +33,7 @@ def settings_without_effect(config: Config) -> list[str]:
     return [f"{key}={given[key]!r} has no effect: {reader} does not read it" for key, reader in unread]
 
 
-def _fedpm(config: Config) -> strategy.FedPM:
+def _fedpm(config: Config, **more: Any) -> strategy.FedPM:
     return strategy.FedPM(
         server_learning_rate=config.server_learning_rate,
         codec=config.codec,
@@ -39,6 +41,7 @@ def _fedpm(config: Config) -> strategy.FedPM:
         max_factor_side=config.max_factor_side,
         kronecker_sum=config.kronecker_sum,
         **shared_by_strategies(config),
+        **more,
     )
 
 
@@ -47,6 +50,14 @@ REGISTRY = {
         client=local_training(lambda job: second_order(job.config, job.model, job.codec)),
         strategy=_fedpm,
         reads=("server-learning-rate", "weighting", "codec", "kronecker-sum"),
+        reads_optimizer=True,
+    ),
+    "fedpm-corrected": Method(
+        client=corrected.client,
+        strategy=lambda config: _fedpm(
+            config, correction=config.correction, state_folder=config.state_folder or None
+        ),
+        reads=("server-learning-rate", "weighting", "codec", "kronecker-sum", "correction"),
         reads_optimizer=True,
     ),
     "localnewton": localnewton.METHOD,

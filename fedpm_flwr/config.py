@@ -15,6 +15,7 @@ from typing import Any
 
 ALGORITHMS = (
     "fedpm",
+    "fedpm-corrected",
     "localnewton",
     "fedavg",
 )
@@ -27,6 +28,7 @@ DTYPES = ("float32", "float64")
 OPTIMIZERS = ("foof", "kfac", "sophia", "ltda", "newton")
 FISHERS = ("sampled", "exact", "empirical")
 KRONECKER_SUMS = ("exact", "factored")
+CORRECTED = ("control-variate", "fresh")
 WEIGHTINGS = ("num-examples", "uniform")
 CODECS = ("triangle-float32", "triangle-float64")
 
@@ -65,6 +67,7 @@ class Config:
     augment: bool = _setting(False, "training images moved by up to 4 pixels and mirrored, as usual for CIFAR")
     model: str = _setting("cnn", "which network", choices=MODELS)
     initial_model: str = _setting("", "start from this .safetensors file instead; absolute path")
+    reference_model: str = _setting("", "tell each round's distance to this .safetensors file; absolute path")
     num_server_rounds: int = _setting(20, "communication rounds", low=1)
     fraction_train: float = _setting(1.0, "share of the nodes that train in a round", above=0, high=1)
     fraction_evaluate: float = _setting(
@@ -94,6 +97,11 @@ class Config:
     fisher: str = _setting("sampled", "kfac: whose gradients its left factor is of", choices=FISHERS)
     sophia_gamma: float = _setting(0.01, "sophia: the smaller, the fewer entries are clipped", above=0)
     kronecker_sum: str = _setting("exact", "mixing of kfac's P; factored: approximate", choices=KRONECKER_SUMS)
+    correction: str = _setting(
+        "control-variate",
+        "fedpm-corrected: the pair of the last round, or, by two exchanges, fresh",
+        choices=CORRECTED,
+    )
     weighting: str = _setting("num-examples", "w_i, how much a client counts", choices=WEIGHTINGS)
     codec: str = _setting("triangle-float32", "how P travels", choices=CODECS)
     partition: str = _setting("dirichlet", "how data is split among clients", choices=PARTITIONS)
@@ -110,7 +118,7 @@ class Config:
             value = _cast(setting, getattr(self, setting.name))
             _check(setting, value)
             object.__setattr__(self, setting.name, value)
-        for key in ("output", "initial_model", "state_folder", "dataset"):
+        for key in ("output", "initial_model", "reference_model", "state_folder", "dataset"):
             value = getattr(self, key)
             path = value.partition(":")[2] if key == "dataset" else value
             if path and not Path(path).is_absolute():

@@ -58,7 +58,8 @@ class Guarded(FedAvg):
         self.failed_rounds = 0
         """How many rounds in a row have failed."""
         self._theta: dict[str, Tensor] = {}
-        self._experiment = ""
+        self.experiment = ""
+        """A name of the run, by which clients keep their state; another one in every run."""
         self._asked = False
         self._partition_of: Callable[[int], int | None] = _unknown
 
@@ -68,9 +69,9 @@ class Guarded(FedAvg):
         """As the guarded strategy, which sends θ."""
         self._theta = arrays.to_torch_state_dict()
         self._partition_of = getattr(grid, "partition_of", _unknown)
-        if server_round == 1 or not self._experiment:
-            self._experiment = uuid.uuid4().hex
-        named = ConfigRecord({**config, messages.EXPERIMENT: self._experiment})
+        if server_round == 1 or not self.experiment:
+            self.experiment = uuid.uuid4().hex
+        named = ConfigRecord({**config, messages.EXPERIMENT: self.experiment})
         requests = list(super().configure_train(server_round, arrays, named, grid))
         self._asked = bool(requests)
         return requests

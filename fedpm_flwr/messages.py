@@ -8,7 +8,7 @@ ClientApp is LocalNewton under FedAvg and FedPM under FedPM.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -71,11 +71,12 @@ class Preconditioned(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """A checked reply: θᵢ by parameter name, curvature of some layers, and the number of examples nᵢ."""
+    """A checked reply: θᵢ by parameter name, curvature of some layers, the number of examples nᵢ, more tensors."""
 
     state: dict[str, Tensor]
     layers: list[LayerCurvature]
     num_examples: float
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 def asked_codec(message: Message) -> str | None:
@@ -151,7 +152,7 @@ def train_reply(
     request: Message,
     model: nn.Module,
     metrics: Mapping[str, int | float],
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: object = None,
 ) -> Message:
     """The reply to a training request; ``metrics`` must hold ``num-examples``.
 

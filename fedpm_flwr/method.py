@@ -71,8 +71,9 @@ class Job:
 
     @property
     def objective(self) -> Objective:
-        """f of all the client's examples, with weight decay, at the model's parameters."""
-        return Objective(self.model, self.batches, self.loss, self.config.weight_decay, self.device)
+        """f of all the client's examples, with weight decay where that is part of the gradient."""
+        decay = 0.0 if self.config.decoupled_weight_decay else self.config.weight_decay
+        return Objective(self.model, self.batches, self.loss, decay, self.device)
 
     def extra(self) -> dict[str, Tensor]:
         """The tensors that the server sent beside the model; empty: none."""
@@ -92,10 +93,11 @@ class Job:
             self.metrics[messages.DIVERGED] = 1
         return not result.diverged
 
-    def reply(
-        self, optimizer: torch.optim.Optimizer | None = None, extra: Mapping[str, Tensor] | None = None
-    ) -> Message:
-        """The model, the metrics so far, curvature if it is asked for and there is some, and further tensors."""
+    def reply(self, optimizer: object = None, extra: Mapping[str, Tensor] | None = None) -> Message:
+        """The model, the metrics so far, and further tensors; curvature if it is asked for.
+
+        ``optimizer`` is what has it, a ``messages.Preconditioned``; any other has none.
+        """
         message = messages.train_reply(self.request, self.model, self.metrics, optimizer)
         if extra:
             message.content[messages.EXTRA] = messages.tensors_record(extra)

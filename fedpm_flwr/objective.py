@@ -1,6 +1,6 @@
 """A client's whole local objective: value, gradient, Hessian, on all of its examples."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -34,7 +34,8 @@ class Objective:
         device: torch.device | str = "cpu",
     ) -> None:
         self._model, self._batches, self._loss, self._device = model, batches, loss, device
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = list(self._named.values())
         self._decay = weight_decay
 
     @property
@@ -45,11 +46,19 @@ class Objective:
     @torch.no_grad()
     def move_to(self, theta: Tensor) -> None:
         """Set the model's parameters."""
+        for name, part in self.by_name(theta).items():
+            self._named[name].copy_(part)
+
+    def by_name(self, vector: Tensor) -> dict[str, Tensor]:
+        """A vector as tensors of the parameters' shapes, by their names."""
         shapes = [p.shape for p in self._parameters]
-        for p, part in zip(
-            self._parameters, from_matrix(theta.reshape(matrix_shape(shapes)), shapes), strict=True
-        ):
-            p.copy_(part)
+        parts = from_matrix(vector.reshape(matrix_shape(shapes)), shapes)
+        return dict(zip(self._named, parts, strict=True))
+
+    def to_vector(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Undo ``by_name``; a name that is missing counts as zeros."""
+        whole = [tensors[name] if name in tensors else torch.zeros_like(p) for name, p in self._named.items()]
+        return to_matrix(whole).flatten()
 
     @torch.no_grad()
     def value(self) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .config import Config
-from .optim import FOOF, KFAC, LTDA, Newton, Sophia
+from .optim import FOOF, KFAC, LTDA, Newton, SecondOrder, Sophia
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class NamedOptimizer:
     The codec is given in rounds of one local step, where the client steps by the curvature as decoded.
     """
 
-    make: Callable[[Config, nn.Module, str | None], torch.optim.Optimizer]
+    make: Callable[[Config, nn.Module, str | None], SecondOrder]
     reads: tuple[str, ...]
 
 
-def second_order(config: Config, model: nn.Module, codec: str | None = None) -> torch.optim.Optimizer:
+def second_order(config: Config, model: nn.Module, codec: str | None = None) -> SecondOrder:
     """The optimizer that the setting ``optimizer`` names."""
     return OPTIMIZERS[config.optimizer].make(config, model, codec)
 
@@ -67,23 +67,23 @@ def _layerwise(config: Config, codec: str | None) -> dict[str, Any]:
     return _inverted(config, codec) | sides
 
 
-def _foof(config: Config, model: nn.Module, codec: str | None) -> torch.optim.Optimizer:
+def _foof(config: Config, model: nn.Module, codec: str | None) -> SecondOrder:
     return FOOF(model, **_layerwise(config, codec))
 
 
-def _kfac(config: Config, model: nn.Module, codec: str | None) -> torch.optim.Optimizer:
+def _kfac(config: Config, model: nn.Module, codec: str | None) -> SecondOrder:
     return KFAC(model, fisher=config.fisher, seed=config.seed, **_layerwise(config, codec))
 
 
-def _sophia(config: Config, model: nn.Module, codec: str | None) -> torch.optim.Optimizer:
+def _sophia(config: Config, model: nn.Module, codec: str | None) -> SecondOrder:
     return Sophia(model, gamma=config.sophia_gamma, seed=config.seed, **_steps(config, codec))
 
 
-def _ltda(config: Config, model: nn.Module, codec: str | None) -> torch.optim.Optimizer:
+def _ltda(config: Config, model: nn.Module, codec: str | None) -> SecondOrder:
     return LTDA(model, **_inverted(config, codec))
 
 
-def _newton(config: Config, model: nn.Module, codec: str | None) -> torch.optim.Optimizer:
+def _newton(config: Config, model: nn.Module, codec: str | None) -> SecondOrder:
     return Newton(model, max_factor_side=config.max_factor_side, **_inverted(config, codec))
 
 

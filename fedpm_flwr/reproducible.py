@@ -5,7 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -34,6 +34,8 @@ class PartitionOrderedGrid(Grid):
         self._grid = grid
         self._seed = seed
         self._exchanges = 0
+        self.uplink_bytes = 0
+        """Of all that clients have sent in training so far, usable or not, in however many exchanges a round."""
         self._partitions: dict[int, int] = {}
         self._tries: Counter[int] = Counter()
 
@@ -72,7 +74,9 @@ class PartitionOrderedGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Replies in the order of the partitions they come from."""
         replies = self._grid.send_and_receive(messages, timeout=timeout)
+        replies = list(replies)
         self._exchanges += 1
+        self.uplink_bytes += sum(_train_bytes(reply) for reply in replies)
         return sorted(replies, key=lambda reply: self._place(reply.metadata.src_node_id))
 
     def _place(self, node: int) -> tuple[float, int]:
@@ -100,3 +104,8 @@ class PartitionOrderedGrid(Grid):
             _log.warning("%s%d nodes do not say their partition: results depend on node IDs", PREFIX, len(silent))
         if len(set(self._partitions.values())) < len(self._partitions):
             _log.warning("%sseveral nodes hold the same partition: results depend on node IDs", PREFIX)
+
+
+def _train_bytes(reply: Message) -> int:
+    is_train = reply.metadata.message_type.split(".")[0] == MessageType.TRAIN
+    return messages.count_bytes(reply.content) if is_train and reply.has_content() else 0

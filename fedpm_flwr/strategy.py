@@ -4,14 +4,18 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from . import messages
 from .config import KRONECKER_SUMS, WEIGHTINGS
-from .guarded import Guarded
+from .control_variates import CORRECTIONS, GRADIENT, VARIATE_ROUND, Variates, read_variate, weighted_mean
+from .guarded import Guarded, with_extra
 from .messages import Update
 from .mixing import ModelMixer
 from .report import PREFIX
@@ -39,6 +43,10 @@ class FedPM(Guarded):
             factors and conjugate gradients; ``factored``: by the mean of the factors, an
             approximation that is cheaper and keeps no client's (``mixing.LayerMixer``).
         max_factor_memory: bytes of these factors to keep in memory; the others go to temporary files.
+        correction: of the local gradients, so that the global optimum is a fixed point of many local steps too
+            (docs/algorithm.md). ``none``; ``control-variate``: by gᵢ − cᵢ + c with the pair of the
+            client's last round; ``fresh``: with that of this round, by one more exchange.
+        state_folder: where the clients' cᵢ are kept during a run; by default the system's temporary folder.
         max_payload_bytes: replies with more bytes of curvature are left out unread.
         strategy: what ``Guarded`` and ``flwr.serverapp.strategy.FedAvg`` take.
 
@@ -57,6 +65,8 @@ class FedPM(Guarded):
         kronecker_sum: str = "exact",
         max_factor_memory: int = 4 << 30,
         max_payload_bytes: int = 1 << 30,
+        correction: str = "none",
+        state_folder: str | None = None,
         **strategy: Any,
     ) -> None:
         super().__init__(**strategy)
@@ -66,6 +76,8 @@ class FedPM(Guarded):
             raise ValueError(f"unknown weighting {weighting!r}; allowed: {', '.join(WEIGHTINGS)}")
         if kronecker_sum not in KRONECKER_SUMS:
             raise ValueError(f"unknown kronecker_sum {kronecker_sum!r}; allowed: {', '.join(KRONECKER_SUMS)}")
+        if correction not in CORRECTIONS:
+            raise ValueError(f"unknown correction {correction!r}; allowed: {', '.join(CORRECTIONS)}")
         low, high = damping_bounds
         if not 0 <= low <= high:
             raise ValueError(f"damping_bounds must be 0 <= low <= high, not {damping_bounds}")
@@ -78,6 +90,9 @@ class FedPM(Guarded):
         self.kronecker_sum = kronecker_sum
         self.max_factor_memory = max_factor_memory
         self.max_payload_bytes = max_payload_bytes
+        self.correction = correction
+        self.state_folder = None if state_folder is None else Path(state_folder)
+        self._variates: Variates | None = None
 
     def summary(self) -> None:
         """Log the settings, FedAvg's and then our own."""
@@ -92,7 +107,14 @@ class FedPM(Guarded):
     ) -> Iterable[Message]:
         """Send θ as FedAvg does, and ask for curvature."""
         asking = ConfigRecord({**config, messages.CURVATURE_CODEC: self.codec})
-        return super().configure_train(server_round, arrays, asking, grid)
+        requests = list(super().configure_train(server_round, arrays, asking, grid))
+        if self.correction == "fresh":
+            return self._with_fresh_variates(server_round, grid, requests)
+        if self.correction == "none":
+            return requests
+        if self._variates is None or self._variates.run != self.experiment:
+            self._variates = Variates(self.state_folder, self.experiment)
+        return self._variates.requests(requests)
 
     def combine(
         self, server_round: int, usable: Iterable[tuple[Message, Update]]
@@ -107,9 +129,14 @@ class FedPM(Guarded):
         curved = False
         for reply, update in usable:
             mixer.add(update.state, update.layers, self._weight(update))
+            if self._variates is not None:
+                node = reply.metadata.src_node_id
+                self._variates.add(node, server_round, update.extra, self._weight(update))
             contents.append(reply.content)
             curved = curved or bool(update.layers)
         mixed = ArrayRecord(mixer.result(self.server_learning_rate))
+        if self._variates is not None:
+            self._variates.commit()
         _log.info("aggregate_train: Mixed %d results", len(contents))
         if not curved:
             _log.warning("%sround %d: no reply held curvature; models are averaged", PREFIX, server_round)
@@ -129,7 +156,25 @@ class FedPM(Guarded):
             max_factor_side=self.max_factor_side,
             max_payload_bytes=self.max_payload_bytes,
         )
-        return replace(update, layers=layers)
+        extra = read_variate(reply, self._shapes()) if self.correction == "control-variate" else {}
+        return replace(update, layers=layers, extra=extra)
+
+    def _with_fresh_variates(self, server_round: int, grid: Grid, requests: list[Message]) -> list[Message]:
+        """Ask for ∇fᵢ(θ) first; the requests of those that tell it, with c = Σ wᵢ∇fᵢ(θ) of this round."""
+
+        def read(reply: Message) -> tuple[float, dict[str, Tensor]]:
+            weight = messages.read_metrics(reply, self.weighted_by_key)[self.weighted_by_key]
+            assert isinstance(weight, int | float)
+            return weight if self.weighting == "num-examples" else 1.0, read_variate(reply, self._shapes())
+
+        replies = self.ask(server_round, grid, requests, GRADIENT, {})
+        told = {reply.metadata.src_node_id: made for reply, made in self.usable(server_round, replies, read)}
+        common = weighted_mean(list(told.values()))
+        usable = [request for request in requests if request.metadata.dst_node_id in told]
+        return [with_extra(request, common, {VARIATE_ROUND: server_round}) for request in usable]
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {key: value.shape for key, value in self._theta.items() if value.is_floating_point()}
 
     def _aggregate_metrics(self, server_round: int, contents: list[RecordDict]) -> MetricRecord | None:
         """What ``train_metrics_aggr_fn`` makes of the metrics that all replies have in the same form."""

@@ -1,5 +1,6 @@
 """Models by name. A new one is one function and one line in ``_MODELS``."""
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -57,6 +58,24 @@ def load_weights(model: nn.Module, path: str) -> None:
         if not torch.isfinite(new.to(old.dtype)).all():
             raise DataError(f"{path}: {key!r} is not finite")
     model.load_state_dict(weights)
+
+
+def load_reference(model: nn.Module, path: str) -> nn.Module:
+    """A copy of the model with the weights of a .safetensors file.
+
+    Raises:
+        DataError: as ``load_weights``.
+    """
+    reference = copy.deepcopy(model)
+    load_weights(reference, path)
+    return reference
+
+
+@torch.no_grad()
+def distance(model: nn.Module, reference: nn.Module) -> float:
+    """‖θ − θ*‖ over all parameters."""
+    pairs = zip(model.parameters(), reference.parameters(), strict=True)
+    return float(torch.linalg.vector_norm(torch.stack([(p - q).norm() for p, q in pairs])))
 
 
 def _linear(input_shape: tuple[int, ...], classes: int) -> nn.Module:

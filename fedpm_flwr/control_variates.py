@@ -1,0 +1,132 @@
+"""Control variates: local steps by gᵢ − cᵢ + c, so that many local steps have the optimum as fixed point.
+
+cᵢ is client i's gradient ∇fᵢ at the model that it last started a round from, and c = Σ wᵢcᵢ, with the
+weights of the mixing, over all clients ever seen. Both are of that last time: a client's pair (cᵢ, c)
+always belongs together, and costs no exchange of its own. docs/algorithm.md derives why.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from flwr.app import Message
+from torch import Tensor
+
+from . import messages
+from .guarded import with_extra
+from .messages import ReplyError
+from .state import ClientState
+
+CORRECTIONS = ("none", "control-variate", "fresh")
+VARIATE_ROUND = "variate-round"
+"""In the request's config: the round whose cᵢ is in the c that goes with it; absent: none is."""
+GRADIENT = "gradient"
+"""The first of two exchanges of a round: clients send ∇fᵢ(θ), for a pair of this very round."""
+
+
+def pair(request: Message, state: ClientState, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """c − cᵢ by parameter name; empty if this client has to step uncorrected.
+
+    That is so where the server has no cᵢ of this client, or one that the client itself no longer has.
+    ``gradient`` is ∇fᵢ(θ), which is cᵢ where the request's c is of this very round.
+    """
+    asked = messages.asked(request, VARIATE_ROUND)
+    if asked is None:
+        return {}
+    fresh = int(asked) == messages.server_round_of(request)
+    own = gradient if fresh else state.load(int(asked))
+    if not own:
+        return {}
+    common = messages.read_tensors(request.content)
+    return {name: common[name] - own[name] for name in own if name in common}
+
+
+def read_variate(reply: Message, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """The cᵢ in a reply, checked against the shapes of the model's parameters, of which it may lack some.
+
+    Raises:
+        ReplyError: naming what is wrong.
+    """
+    variate = messages.read_tensors(reply.content)
+    unknown = sorted(set(variate) - set(shapes))
+    if unknown or not variate:
+        raise ReplyError(f"its control variate is not of the model's parameters: {', '.join(unknown[:5])}")
+    return messages.read_tensors(reply.content, {key: shapes[key] for key in variate})
+
+
+class Variates:
+    """The server's side: every client's newest cᵢ on disk, and Σ wᵢcᵢ.
+
+    What a round brings is taken by ``add`` and counts from ``commit`` on: if the round fails, the clients'
+    cᵢ of the round before still stand, here and there.
+
+    Args:
+        folder: of the states of all runs (``state.ClientState``); None: the default one.
+        run: the run's name.
+    """
+
+    def __init__(self, folder: Path | None, run: str) -> None:
+        self._folder, self.run = folder, run
+        self._newest: dict[int, tuple[int, float]] = {}  # by node: round and weight
+        self._sum: dict[str, Tensor] = {}  # Σ wᵢcᵢ, not yet divided by Σ wᵢ
+        self._added: dict[int, tuple[int, float]] = {}
+
+    def mean(self) -> dict[str, Tensor]:
+        """c = Σ wᵢcᵢ / Σ wᵢ, by parameter name; empty: no client has been seen."""
+        total = sum(weight for _, weight in self._newest.values())
+        return {key: value / total for key, value in self._sum.items()}
+
+    def requests(self, requests: Iterable[Message]) -> list[Message]:
+        """The requests with c, and the round of the cᵢ that it counts for each node."""
+        self._added = {}
+        common = self.mean()
+        return [
+            with_extra(request, common, {VARIATE_ROUND: self._newest[node][0]})
+            if node in self._newest
+            else request
+            for request in requests
+            for node in [request.metadata.dst_node_id]
+        ]
+
+    def add(self, node: int, server_round: int, variate: Mapping[str, Tensor], weight: float) -> None:
+        """Write a client's new cᵢ to disk.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        self._state(node).save(server_round, variate)
+        self._added[node] = server_round, weight
+
+    def commit(self) -> None:
+        """Let the cᵢ that were added replace those before them."""
+        lost = False
+        for node, (_, weight) in ((n, self._newest[n]) for n in self._added if n in self._newest):
+            lost = not self._include(node, self._newest[node][0], -weight) or lost
+        for node, (number, weight) in self._added.items():
+            self._newest[node] = number, weight
+            lost = not self._include(node, number, weight) or lost
+        self._added = {}
+        if lost:  # what cannot be read cannot be subtracted: the sum anew, of those that can be
+            self._sum = {}
+            self._newest = {n: held for n, held in self._newest.items() if self._include(n, *held)}
+
+    def _include(self, node: int, number: int, weight: float) -> bool:
+        """Add w cᵢ to the sum; whether it could be read."""
+        variate = self._state(node).load(number)
+        for key, value in variate.items():
+            term = weight * value.double()
+            self._sum[key] = self._sum[key] + term if key in self._sum else term
+        return bool(variate)
+
+    def _state(self, node: int) -> ClientState:
+        return ClientState(self._folder, self.run, f"server-{node}")
+
+
+def weighted_mean(gradients: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """c = Σ wᵢcᵢ / Σ wᵢ; a parameter that a client lacks counts as zeros there."""
+    total = sum(weight for weight, _ in gradients)
+    mean: dict[str, Tensor] = {}
+    for weight, gradient in gradients:
+        for key, value in gradient.items():
+            term = weight / total * value.double()
+            mean[key] = mean[key] + term if key in mean else term
+    return mean
