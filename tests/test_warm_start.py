@@ -116,7 +116,7 @@ def test_sophia_tells_what_it_was_given_mixed_with_what_it_measures() -> None:
     optimizer.warm_start([LayerCurvature(Block("w", ("w",)), Diagonal(start), 0.0)])
     loss = model()
     optimizer.measure(loss)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     (now,) = optimizer.preconditioners()
     expected = beta * start + (1 - beta) * gamma * h[:, None]

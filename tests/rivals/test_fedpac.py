@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_the_mean_is_by_parts_and_of_the_kind_of_most_weight() -> None:
     assert torch.equal(layer.curvature.parts()["values"], torch.tensor([[2.0, 2.0]]))
 
 
-def run(folder: Path, nodes: int = 4, **changes: object) -> list[dict[str, float]]:
+def run(folder: Path, nodes: int = 4, **changes: Any) -> list[dict[str, float]]:
     settings = {"num-server-rounds": 3, "alpha": 10.0, "output": str(folder), **changes}
     run_inline(server_app.app, client_app.app, nodes, Config.from_run_config(settings).to_run_config())
     rows: list[dict[str, float]] = json.loads((folder / "metrics.json").read_text())
@@ -125,8 +126,8 @@ def run(folder: Path, nodes: int = 4, **changes: object) -> list[dict[str, float
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_without_its_two_parts_it_is_localnewton_to_the_bit(steps: int, tmp_path: Path) -> None:
-    shared = {"max-train-examples": 120, "local-steps": steps}
-    off = {"algorithm": "fedpac", "fedpac-beta": 0.0, "fedpac-align": False}
+    shared: dict[str, Any] = {"max-train-examples": 120, "local-steps": steps}
+    off: dict[str, Any] = {"algorithm": "fedpac", "fedpac-beta": 0.0, "fedpac-align": False}
     run(tmp_path / "a", 3, **shared, algorithm="localnewton")
     run(tmp_path / "b", 3, **shared, **off)
     run(tmp_path / "c", 3, **shared, **{**off, "fedpac-align": True})
@@ -137,14 +138,20 @@ def test_without_its_two_parts_it_is_localnewton_to_the_bit(steps: int, tmp_path
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_it_learns(fraction: float, tmp_path: Path) -> None:
-    rows = run(tmp_path, **{"algorithm": "fedpac", "fraction-train": fraction, "learning-rate": 0.2})
+    settings: dict[str, Any] = {"fraction-train": fraction, "learning-rate": 0.2}
+    rows = run(tmp_path, algorithm="fedpac", **settings)
     assert [row["clients"] for row in rows[1:]] == [4 * fraction] * 3
     assert rows[-1]["test-loss"] < rows[0]["test-loss"] - 0.3
 
 
 @pytest.mark.parametrize("optimizer", ["kfac", "sophia", "ltda"])
 def test_other_optimizers_are_aligned_too(optimizer: str, tmp_path: Path) -> None:
-    settings = {"optimizer": optimizer, "learning-rate": 0.01, "max-train-examples": 120, "local-steps": 2}
+    settings: dict[str, Any] = {
+        "optimizer": optimizer,
+        "learning-rate": 0.01,
+        "max-train-examples": 120,
+        "local-steps": 2,
+    }
     rows = run(tmp_path, 2, algorithm="fedpac", damping=1.0, **settings)
     assert rows[-1]["clients"] == 2
     assert rows[-1]["test-loss"] < 2.4
