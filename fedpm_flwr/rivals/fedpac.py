@@ -8,10 +8,11 @@ With Θ = {P of each layer}, s = θ⁺ − θ of the last round (0 in the first)
     θ⁺ = Σ wᵢ θᵢ,      Θ⁺ = Σ wᵢ Θᵢ part by part,  wᵢ = nᵢ / Σ nⱼ
 
 θ, gᵢ, s, Δ: [d]. Parts are those of ``Curvature.parts``: FOOF's A, each of K-FAC's two factors, a
-diagonal, an exact matrix. A client keeps nothing between rounds. The source shares the names of FedPAC
-(Xu et al., ICLR 2023, of personalised classifiers) and nothing else with it.
+diagonal, an exact matrix. A client keeps nothing between rounds. (Not the FedPAC of Xu et al., ICLR 2023, of
+personalised classifiers.)
 
-From the source: the equations, β = 0.5, Δ = 0 in the first round (whose steps are thus η (1 − β) long). Inferred:
+The source was read by its abstract, another's summary of its equations, and parts of the authors' program. From
+these: the equations, β = 0.5, Δ = 0 in the first round (whose steps are thus η (1 − β) long). Inferred:
 
 - P is that of the setting ``optimizer``, where the source has SOAP, Sophia and Muon.
 - wᵢ as for all methods here; the source counts clients alike.
