@@ -76,9 +76,14 @@ def test_bad_replies_are_left_out(how: str, tmp_path: Path, caplog: pytest.LogCa
     assert caplog.text.count("left out the reply") == 1
 
 
-def test_a_failed_round_leaves_the_shared_direction_and_curvature(tmp_path: Path) -> None:
-    app = spoiled(client(METHOD, CONFIG, DATA, tmp_path), {(2, 0), (2, 1)}, SPOILS["NaN"])
-    assert weight_after(METHOD, CONFIG, app, 3) == pytest.approx(TWO_ROUNDS, rel=1e-14)
+@pytest.mark.parametrize("bad", [{(2, 0)}, {(2, 0), (2, 1)}], ids=["some replies", "none"])
+def test_a_failed_round_leaves_the_shared_direction_and_curvature(
+    bad: set[tuple[int, int]], tmp_path: Path
+) -> None:
+    """Round 2 has fewer than min-replies: round 3 is what round 2 would have been."""
+    config = Config(**{**vars(CONFIG), "min_replies": 2})
+    app = spoiled(client(METHOD, config, DATA, tmp_path), bad, SPOILS["NaN"])
+    assert weight_after(METHOD, config, app, 3) == pytest.approx(TWO_ROUNDS, rel=1e-14)
 
 
 def test_a_round_without_curvature_leaves_the_shared_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
