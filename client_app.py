@@ -24,43 +24,47 @@ def train(message: Message, context: Context) -> Message:
     """Start from the global model, take the local steps, reply with model, metrics and curvature."""
     config = Config.from_run_config(context.run_config)
     device = pick_device(config.device)
-    partition, partitions = messages.partition_of(context)
-    seed = derive_seed(config.seed, messages.server_round_of(message), partition)
+    seed = derive_seed(config.seed, messages.server_round_of(message), messages.partition_of(context)[0])
     with reproducible(seed, config.threads, device):
-        data = client_data(config, partition, partitions, augment=config.augment)
-        batches = loader(data, config.batch_size, seed)
-        job = Job(
-            config=config,
-            request=message,
-            model=_global_model(config, message).to(device),
-            batches=batches,
-            examples=len(data),
-            steps_an_epoch=len(batches),
-            loss=F.cross_entropy,
-            device=device,
-            seed=seed,
-            state=_state(config, message, partition),
-        )
-        return get_algorithm(config.algorithm).client(job)
+        return get_algorithm(config.algorithm).client(_job(config, message, context, device, seed))
 
 
 @app.evaluate()
 def evaluate_global_model(message: Message, context: Context) -> Message:
-    """Loss and accuracy of the global model on the client's own examples."""
+    """Loss and accuracy of the global model on the client's own examples, and what else the method measures."""
     config = Config.from_run_config(context.run_config)
     device = pick_device(config.device)
+    further = get_algorithm(config.algorithm).evaluate
     with reproducible(config.seed, config.threads, device):
-        data = client_data(config, *messages.partition_of(context))
-        model = _global_model(config, message).to(device)
-        loss, accuracy = evaluate(model, loader(data, config.batch_size), F.cross_entropy, device)
-    metrics = {messages.NUM_EXAMPLES: len(data), "client-loss": loss, "client-accuracy": accuracy}
-    return messages.metrics_reply(message, metrics)
+        job = _job(config, message, context, device)
+        loss, accuracy = evaluate(job.model, job.batches, job.loss, device)
+        metrics = {**job.metrics, "client-loss": loss, "client-accuracy": accuracy}
+        return messages.metrics_reply(message, metrics | (further(job) if further else {}))
 
 
 @app.query(messages.PARTITION_ACTION)
 def partition(message: Message, context: Context) -> Message:
     """Say which partition this node holds."""
     return messages.partition_reply(message, context)
+
+
+def _job(config: Config, message: Message, context: Context, device: torch.device, seed: int | None = None) -> Job:
+    """The request with what it takes to answer it; without a seed, examples as they lie and unchanged."""
+    partition, partitions = messages.partition_of(context)
+    data = client_data(config, partition, partitions, augment=config.augment and seed is not None)
+    batches = loader(data, config.batch_size, seed)
+    return Job(
+        config=config,
+        request=message,
+        model=_global_model(config, message).to(device),
+        batches=batches,
+        examples=len(data),
+        steps_an_epoch=len(batches),
+        loss=F.cross_entropy,
+        device=device,
+        seed=config.seed if seed is None else seed,
+        state=_state(config, message, partition),
+    )
 
 
 def _global_model(config: Config, message: Message) -> nn.Module:

@@ -54,13 +54,16 @@ def main(grid: Grid, context: Context) -> None:
     def note_training(replies: list[RecordDict], weighted_by: str) -> MetricRecord:
         averaged = average(replies, weighted_by)
         from_clients.update(_numbers(averaged))
-        from_clients.update(_spread(replies, "train-accuracy", max) | _spread(replies, "train-loss", min))
+        for name in ("train", "personal"):
+            from_clients.update(_spread(replies, f"{name}-accuracy", max) | _spread(replies, f"{name}-loss", min))
         from_clients["clients"] = len(replies)
         return averaged
 
     def note_evaluation(replies: list[RecordDict], weighted_by: str) -> MetricRecord:
         averaged = average(replies, weighted_by)
-        from_clients.update(_spread(replies, "client-accuracy", max) | _spread(replies, "client-loss", min))
+        from_clients.update(_numbers(averaged))
+        for name in ("client", "personal"):
+            from_clients.update(_spread(replies, f"{name}-accuracy", max) | _spread(replies, f"{name}-loss", min))
         return averaged
 
     strategy.train_metrics_aggr_fn, strategy.evaluate_metrics_aggr_fn = note_training, note_evaluation

@@ -8,7 +8,9 @@ from .method import Method, local_training, shared_by_strategies
 from .optimizers import OPTIMIZERS, second_order
 from .rivals import (
     fedavg,
+    fedpac,
     localnewton,
+    pfedsop,
 )
 
 
@@ -62,6 +64,8 @@ REGISTRY = {
     ),
     "localnewton": localnewton.METHOD,
     "fedavg": fedavg.METHOD,
+    "fedpac": fedpac.METHOD,
+    "pfedsop": pfedsop.METHOD,
 }
 
 _OF_SOME_OPTIMIZERS = tuple(dict.fromkeys(key for optimizer in OPTIMIZERS.values() for key in optimizer.reads))

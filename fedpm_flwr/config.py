@@ -18,6 +18,8 @@ ALGORITHMS = (
     "fedpm-corrected",
     "localnewton",
     "fedavg",
+    "fedpac",
+    "pfedsop",
 )
 DATASETS = ("digits", "breast-cancer", "cifar10", "cifar100", "mnist", "fashion-mnist")
 FILES = ("npz:", "libsvm:", "text:")
@@ -102,6 +104,10 @@ class Config:
         "fedpm-corrected: the pair of the last round, or, by two exchanges, fresh",
         choices=CORRECTED,
     )
+    fedpac_align: bool = _setting(True, "fedpac: clients start from the mean of all P")
+    fedpac_beta: float = _setting(0.5, "fedpac: share of the last global step in a local one", low=0, high=1)
+    personal_learning_rate: float = _setting(1.0, "pfedsop: eta_1, length of a personal step", low=0)
+    personal_sharpness: float = _setting(5.0, "pfedsop: how sharply the angle between updates decides", above=0)
     weighting: str = _setting("num-examples", "w_i, how much a client counts", choices=WEIGHTINGS)
     codec: str = _setting("triangle-float32", "how P travels", choices=CODECS)
     partition: str = _setting("dirichlet", "how data is split among clients", choices=PARTITIONS)

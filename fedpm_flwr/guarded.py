@@ -71,8 +71,7 @@ class Guarded(FedAvg):
         self._partition_of = getattr(grid, "partition_of", _unknown)
         if server_round == 1 or not self.experiment:
             self.experiment = uuid.uuid4().hex
-        named = ConfigRecord({**config, messages.EXPERIMENT: self.experiment})
-        requests = list(super().configure_train(server_round, arrays, named, grid))
+        requests = list(super().configure_train(server_round, arrays, self._named(config), grid))
         self._asked = bool(requests)
         return requests
 
@@ -111,6 +110,12 @@ class Guarded(FedAvg):
         kept = _common([_with_content(reply, _canonical(reply, update)) for reply, update in usable])
         arrays, metrics = super().aggregate_train(server_round, kept)
         return None if arrays is None else self._as_sent(arrays), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As the guarded strategy; clients are told under which name they keep their state."""
+        return super().configure_evaluate(server_round, arrays, self._named(config), grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """As the guarded strategy, from the usable replies."""
@@ -158,6 +163,9 @@ class Guarded(FedAvg):
                 self._warn(server_round, "reply", reply, error)
             else:
                 yield reply, made
+
+    def _named(self, config: ConfigRecord) -> ConfigRecord:
+        return ConfigRecord({**config, messages.EXPERIMENT: self.experiment or "unnamed"})
 
     def _as_sent(self, arrays: ArrayRecord) -> ArrayRecord:
         """The aggregate in θ's dtypes: averaging makes floats of integers."""

@@ -133,6 +133,8 @@ class Method:
     reads: tuple[str, ...] = ()
     reads_optimizer: bool = False
     """Whether the client's optimizer is the one that the setting ``optimizer`` names."""
+    evaluate: Callable[[Job], dict[str, float]] | None = None
+    """Further metrics of a client's own, in the reply to an evaluation request, whose model is the global one."""
 
 
 def shared_by_strategies(config: Config) -> dict[str, Any]:

@@ -134,10 +134,13 @@ def spread(name: str, values: list[float], best: Callable[[list[float]], float])
 
 
 def _of_clients(row: Row) -> str:
-    for key, what in (("client-accuracy", "accuracy"), ("train-accuracy", "training accuracy")):
-        if f"{key}-worst" in row:
-            return f" ({what} {row[f'{key}-worst']:.2f} … {row[f'{key}-median']:.2f} … {row[f'{key}-best']:.2f})"
-    return ""
+    names = {"client-accuracy": "accuracy", "personal-accuracy": "of their own models"}
+    told = {key: what for key, what in names.items() if f"{key}-worst" in row}
+    if not told and "train-accuracy-worst" in row:
+        told = {"train-accuracy": "training accuracy"}
+    spreads = {what: " … ".join(f"{row[f'{key}-{which}']:.2f}" for which in SPREAD) for key, what in told.items()}
+    parts = [f"{what} {values}" for what, values in spreads.items()]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def plot_curves(methods: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> None:

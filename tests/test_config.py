@@ -48,7 +48,7 @@ def test_in_python_too_whole_numbers_serve_as_numbers() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("algorithm", "fedsgd", r"algorithm='fedsgd' is not allowed; allowed: fedpm \| localnewton \| fedavg"),
+        ("algorithm", "fedsgd", r"algorithm='fedsgd' is not allowed; allowed: fedpm \| fedpm-corrected"),
         ("learning-rate", 0, "learning-rate=0.0 is not allowed; allowed: number > 0"),
         ("learning-rate", float("nan"), "learning-rate=nan"),
         ("learning-rate", float("inf"), "learning-rate=inf"),

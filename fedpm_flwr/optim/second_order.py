@@ -1,7 +1,8 @@
 """What all second-order optimizers share: W ← W − η P⁻¹ g, with P as an estimator measures it."""
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any, overload
 
@@ -11,9 +12,7 @@ from torch import Tensor, nn
 from ..curvature import (
     Block,
     Curvature,
-    CurvatureError,
     LayerCurvature,
-    Operator,
     from_matrix,
     matrix_shape,
     to_matrix,
@@ -21,14 +20,10 @@ from ..curvature import (
 from ..estimators import Estimator, absolute
 from ..estimators.hooks import unwrapped
 from ..wire import as_decoded, get_codec
+from .inversion import CALLS_FROM_STEP, are_finite, invert
 from .state import from_state, restore, to_state
 
 Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
-
-_RAISE_DAMPING_BY = 10.0
-_MAX_RAISES = 12
-_CALLS_FROM_STEP = 5
-"""From a method called by ``step``, through torch's two wrappers of it, to the caller of ``step``."""
 
 
 class SecondOrder(torch.optim.Optimizer):
@@ -165,6 +160,31 @@ class SecondOrder(torch.optim.Optimizer):
             if "inverse" in state
         ]
 
+    def warm_start(self, layers: Iterable[LayerCurvature]) -> None:
+        """Begin each of these blocks' running average with this P, as ``preconditioners`` of another tell it.
+
+        It counts as endlessly many measurements would, 1/(1 − ema), so that the next one, P₍ₜ₎, makes
+        P ← ema·P + (1 − ema)·P₍ₜ₎: with ema = 0 nothing is left of the given P by then, with ema = 1 it
+        stays. Until then steps are preconditioned by it as it is. What was measured before is
+        forgotten; blocks that the optimizer does not have are passed over. λ is the optimizer's own.
+        """
+        given = {layer.block.parameters: layer.curvature for layer in layers}
+        for block in self._estimator.blocks:
+            if block.parameters not in given:
+                continue
+            state, p = self._state_of(block), self._parameters[block.parameters[0]]
+            for old in ("signed", "inverse"):
+                state.pop(old, None)
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            state["curvature"] = to_state(given[block.parameters].to(dtype, p.device))
+            state["weight"] = self._endless_weight
+        self._schedule()
+
+    @property
+    def _endless_weight(self) -> float:
+        """Σ emaᵗ over measurements without end."""
+        return 1 / (1 - self._ema) if self._ema < 1 else math.inf
+
     def detach(self) -> None:
         """Take the hooks off the model; the optimizer then steps with what it has measured."""
         self._estimator.detach()
@@ -187,7 +207,7 @@ class SecondOrder(torch.optim.Optimizer):
             # A measurement that is not finite, as of a step that a GradScaler skipped, is passed
             # over; decided on the device, which nothing has to wait for.
             old = from_state(state.get("signed", state["curvature"])).parts()
-            finite = _are_finite(parts)
+            finite = are_finite(parts)
             parts = {
                 name: torch.where(
                     finite, torch.lerp(old[name], part.to(old[name]), 1 / state["weight"]), old[name]
@@ -210,7 +230,7 @@ class SecondOrder(torch.optim.Optimizer):
                 damping *= float(_curvature(state).diagonal(*shape).mean()) or 1.0
             if self._decay_is_curvature and not self._decoupled:
                 damping += group["weight_decay"]
-            inverse, state["damping"] = _invert(_curvature(state), damping, block.name)
+            inverse, state["damping"] = invert(_curvature(state), damping, block.name)
             state["inverse"] = to_state(inverse)
 
     def _precondition(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
@@ -260,7 +280,7 @@ class SecondOrder(torch.optim.Optimizer):
                 f"layer {block.name!r} has a gradient but its curvature was not measured in training mode with "
                 "gradients enabled (is it in evaluation mode, or in a reentrant checkpoint, or "
                 "optimizer.measure(loss) not called before loss.backward()?): it takes plain gradient steps",
-                stacklevel=_CALLS_FROM_STEP + 1,
+                stacklevel=CALLS_FROM_STEP + 1,
             )
         return measured
 
@@ -278,28 +298,3 @@ def _curvature(state: dict[str, Any]) -> Curvature:
     curvature = from_state(state["curvature"])
     assert isinstance(curvature, Curvature)
     return curvature
-
-
-def _are_finite(parts: Mapping[str, Tensor]) -> Tensor:
-    """Whether all entries are, by the sums of rows: much faster than one by one; too large a sum is not finite."""
-    return torch.stack([part.sum(-1).isfinite().all() for part in parts.values()]).all()
-
-
-def _invert(curvature: Curvature, damping: float, layer: str) -> tuple[Operator, float]:
-    """(P + λI)⁻¹ and λ, raised until there is one."""
-    if not _are_finite(curvature.parts()):
-        raise CurvatureError(f"layer {layer!r}: its curvature is not finite; has training diverged?")
-    for raised in range(_MAX_RAISES + 1):
-        used = damping * _RAISE_DAMPING_BY**raised
-        try:
-            inverse = curvature.damped(used).inverse()
-        except CurvatureError as error:
-            if damping == 0:
-                raise CurvatureError(f"layer {layer!r}: {error}, and its damping is 0") from error
-            continue
-        if raised:
-            warnings.warn(
-                f"layer {layer!r}: damping raised from {damping} to {used}", stacklevel=_CALLS_FROM_STEP + 2
-            )
-        return inverse, used
-    raise CurvatureError(f"layer {layer!r}: not positive definite even with damping {used}")

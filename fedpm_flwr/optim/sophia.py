@@ -1,5 +1,8 @@
 """Sophia (Liu et al. 2023): momentum divided by a diagonal of the Hessian, each entry clipped."""
 
+import math
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,6 +88,15 @@ class Sophia(SecondOrder):
             measured = 1 - self._betas[1] ** self._state_of(layer.block)["weight"]
             told.append(LayerCurvature(layer.block, self._floored(layer.curvature.scaled(1 / measured)), 0.0))
         return told
+
+    def warm_start(self, layers: Iterable[LayerCurvature]) -> None:
+        """h ← P/γ; the next measurement makes h ← β₂h + (1 − β₂)ĥ, and the momentum goes on as it was."""
+        super().warm_start([replace(layer, curvature=layer.curvature.scaled(1 / self._gamma)) for layer in layers])
+
+    @property
+    def _endless_weight(self) -> float:
+        """So many measurements that 1 − β₂ᵏ is 1."""
+        return math.inf
 
     def _update(self, state: dict[str, Any], measured: Curvature) -> None:
         beta, new = self._betas[1], measured.parts()["values"]
