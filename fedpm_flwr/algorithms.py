@@ -9,6 +9,8 @@ from .optimizers import OPTIMIZERS, second_order
 from .rivals import (
     fedavg,
     fedpac,
+    fednl,
+    fedns,
     localnewton,
     pfedsop,
 )
@@ -66,6 +68,8 @@ REGISTRY = {
     "fedavg": fedavg.METHOD,
     "fedpac": fedpac.METHOD,
     "pfedsop": pfedsop.METHOD,
+    "fednl": fednl.METHOD,
+    "fedns": fedns.METHOD,
 }
 
 _OF_SOME_OPTIMIZERS = tuple(dict.fromkeys(key for optimizer in OPTIMIZERS.values() for key in optimizer.reads))

@@ -20,6 +20,8 @@ ALGORITHMS = (
     "fedavg",
     "fedpac",
     "pfedsop",
+    "fednl",
+    "fedns",
 )
 DATASETS = ("digits", "breast-cancer", "cifar10", "cifar100", "mnist", "fashion-mnist")
 FILES = ("npz:", "libsvm:", "text:")
@@ -32,6 +34,9 @@ FISHERS = ("sampled", "exact", "empirical")
 KRONECKER_SUMS = ("exact", "factored")
 CORRECTED = ("control-variate", "fresh")
 WEIGHTINGS = ("num-examples", "uniform")
+COMPRESSORS = ("identity", "rank", "top")
+INITIAL_HESSIANS = ("exact", "zero")
+SKETCHES = ("gaussian", "hadamard")
 CODECS = ("triangle-float32", "triangle-float64")
 
 Value = bool | int | float | str
@@ -110,6 +115,14 @@ class Config:
     personal_sharpness: float = _setting(5.0, "pfedsop: how sharply the angle between updates decides", above=0)
     weighting: str = _setting("num-examples", "w_i, how much a client counts", choices=WEIGHTINGS)
     codec: str = _setting("triangle-float32", "how P travels", choices=CODECS)
+    fednl_option: int = _setting(1, "fednl: 1 raises H's small eigenvalues, 2 adds its error", low=1, high=2)
+    hessian_learning_rate: float = _setting(1.0, "fednl: alpha, how much of C(D) a client's H takes on", above=0)
+    hessian_floor: float = _setting(0.001, "fednl: mu, the least eigenvalue of H in option 1", above=0)
+    initial_hessian: str = _setting("exact", "fednl: a client's first H", choices=INITIAL_HESSIANS)
+    compressor: str = _setting("rank", "fednl: C, what of a difference of Hessians travels", choices=COMPRESSORS)
+    compressor_size: int = _setting(1, "fednl: eigenpairs of rank, entries of top", low=1)
+    sketch: str = _setting("hadamard", "fedns: S, by which roots of Hessians are shortened", choices=SKETCHES)
+    sketch_size: int = _setting(256, "fedns: s, rows of a sketch; roots with fewer travel whole", low=1)
     partition: str = _setting("dirichlet", "how data is split among clients", choices=PARTITIONS)
     alpha: float = _setting(0.1, "Dirichlet concentration; small: one client, few labels", above=0)
     seed: int = _setting(0, "of the partition, initial model, sampling, batches", low=0, high=2**32 - 1)

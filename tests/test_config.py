@@ -12,6 +12,8 @@ from fedpm_flwr.algorithms import REGISTRY
 from fedpm_flwr.config import Config, ConfigError, describe
 from fedpm_flwr.estimators import FISHERS
 from fedpm_flwr.optimizers import OPTIMIZERS
+from fedpm_flwr.rivals.compressors import COMPRESSORS
+from fedpm_flwr.rivals.sketches import SKETCHES
 from fedpm_flwr.tasks.datasets import _LOADERS
 from fedpm_flwr.tasks.files import LOADERS
 from fedpm_flwr.tasks.models import _MODELS
@@ -33,6 +35,8 @@ def test_the_names_that_config_allows_are_those_that_exist() -> None:
     assert set(settings.DATASETS) == set(_LOADERS)
     assert set(settings.FILES) == {f"{prefix}:" for prefix in LOADERS}
     assert set(settings.MODELS) == set(_MODELS)
+    assert set(settings.COMPRESSORS) == set(COMPRESSORS)
+    assert set(settings.SKETCHES) == set(SKETCHES)
 
 
 def test_values_are_parsed_and_whole_numbers_serve_as_numbers() -> None:
