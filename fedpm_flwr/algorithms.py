@@ -8,9 +8,9 @@ from .method import Method, local_training, shared_by_strategies
 from .optimizers import OPTIMIZERS, second_order
 from .rivals import (
     fedavg,
-    fedpac,
     fednl,
     fedns,
+    fedpac,
     localnewton,
     pfedsop,
 )

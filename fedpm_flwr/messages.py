@@ -76,7 +76,7 @@ class Update:
     state: dict[str, Tensor]
     layers: list[LayerCurvature]
     num_examples: float
-    extra: dict[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
 
 
 def asked_codec(message: Message) -> str | None:
