@@ -6,6 +6,8 @@ from .method import Method, local_training, shared_by_strategies
 from .optimizers import OPTIMIZERS, second_order
 from .rivals import (
     fedavg,
+    fednew,
+    giant,
     localnewton,
 )
 
@@ -51,6 +53,8 @@ REGISTRY = {
     ),
     "localnewton": localnewton.METHOD,
     "fedavg": fedavg.METHOD,
+    "giant": giant.METHOD,
+    "fednew": fednew.METHOD,
 }
 
 _OF_SOME_OPTIMIZERS = tuple(dict.fromkeys(key for optimizer in OPTIMIZERS.values() for key in optimizer.reads))
