@@ -8,9 +8,11 @@ from .method import Method, local_training, shared_by_strategies
 from .optimizers import OPTIMIZERS, second_order
 from .rivals import (
     fedavg,
+    fednew,
     fednl,
     fedns,
     fedpac,
+    giant,
     localnewton,
     pfedsop,
 )
@@ -70,6 +72,8 @@ REGISTRY = {
     "pfedsop": pfedsop.METHOD,
     "fednl": fednl.METHOD,
     "fedns": fedns.METHOD,
+    "giant": giant.METHOD,
+    "fednew": fednew.METHOD,
 }
 
 _OF_SOME_OPTIMIZERS = tuple(dict.fromkeys(key for optimizer in OPTIMIZERS.values() for key in optimizer.reads))

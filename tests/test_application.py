@@ -38,7 +38,7 @@ def run(folder: Path, changes: Settings, nodes: int = 3) -> list[dict[str, float
     return rows
 
 
-OF_SMALL_MODELS = ("fednl", "fedns")
+OF_SMALL_MODELS = ("fednl", "fedns", "giant", "fednew")
 """Their server has a matrix of all parameters; their clients take no local steps."""
 
 
