@@ -5,8 +5,14 @@ from .config import Config
 from .method import Method, local_training, shared_by_strategies
 from .optimizers import OPTIMIZERS, second_order
 from .rivals import (
+    fedadam,
     fedavg,
+    fedavgm,
+    fedprox,
+    fedsophia,
     localnewton,
+    ltda,
+    scaffold,
 )
 
 
@@ -51,6 +57,12 @@ REGISTRY = {
     ),
     "localnewton": localnewton.METHOD,
     "fedavg": fedavg.METHOD,
+    "fedavgm": fedavgm.METHOD,
+    "fedprox": fedprox.METHOD,
+    "fedadam": fedadam.METHOD,
+    "scaffold": scaffold.METHOD,
+    "ltda": ltda.METHOD,
+    "fedsophia": fedsophia.METHOD,
 }
 
 _OF_SOME_OPTIMIZERS = tuple(dict.fromkeys(key for optimizer in OPTIMIZERS.values() for key in optimizer.reads))
