@@ -21,8 +21,8 @@ gradient is −b, and no later round mends it. The source has no failures; here 
   the variates' head start, and keeps the optimum.
 - N counts the nodes that are connected or whose cᵢ is in c: a node that has left is as one not sampled. Those not
   heard of yet count by the mean nᵢ of the others, and a node's nᵢ in c stays what it first was.
-- Buffers have no variate, and move by the same mean as θ. The client's steps have no momentum: cᵢ⁺ is a mean gradient
-  only without.
+- Buffers have no variate, and move by the same mean as θ. Clients step without momentum: only then is cᵢ⁺ a mean
+  gradient.
 """
 
 import logging
