@@ -7,14 +7,20 @@ from .config import Config
 from .method import Method, local_training, shared_by_strategies
 from .optimizers import OPTIMIZERS, second_order
 from .rivals import (
+    fedadam,
     fedavg,
+    fedavgm,
     fednew,
     fednl,
     fedns,
     fedpac,
+    fedprox,
+    fedsophia,
     giant,
     localnewton,
+    ltda,
     pfedsop,
+    scaffold,
 )
 
 
@@ -74,6 +80,12 @@ REGISTRY = {
     "fedns": fedns.METHOD,
     "giant": giant.METHOD,
     "fednew": fednew.METHOD,
+    "fedavgm": fedavgm.METHOD,
+    "fedprox": fedprox.METHOD,
+    "fedadam": fedadam.METHOD,
+    "scaffold": scaffold.METHOD,
+    "ltda": ltda.METHOD,
+    "fedsophia": fedsophia.METHOD,
 }
 
 _OF_SOME_OPTIMIZERS = tuple(dict.fromkeys(key for optimizer in OPTIMIZERS.values() for key in optimizer.reads))

@@ -24,6 +24,12 @@ ALGORITHMS = (
     "fedns",
     "giant",
     "fednew",
+    "fedavgm",
+    "fedprox",
+    "fedadam",
+    "scaffold",
+    "ltda",
+    "fedsophia",
 )
 DATASETS = ("digits", "breast-cancer", "cifar10", "cifar100", "mnist", "fashion-mnist")
 FILES = ("npz:", "libsvm:", "text:")
@@ -92,6 +98,12 @@ class Config:
     learning_rate: float = _setting(0.1, "eta, length of a local step", above=0)
     plain_learning_rate: float = _setting(0.0, "eta of parameters without a P; 0: as learning-rate", low=0)
     server_learning_rate: float = _setting(1.0, "eta_s, length of the server's step", above=0)
+    server_momentum: float = _setting(0.9, "fedavgm: mu_s, of the server's steps", low=0, high=1)
+    adam_eta: float = _setting(0.1, "fedadam: eta_a, length of the server's step", above=0)
+    adam_beta_1: float = _setting(0.9, "fedadam: how much the mean of updates keeps", low=0, high=0.9999)
+    adam_beta_2: float = _setting(0.99, "fedadam: how much the mean of squared updates keeps", low=0, high=0.9999)
+    adam_tau: float = _setting(0.001, "fedadam: added to the root of the mean square", above=0)
+    proximal_mu: float = _setting(0.01, "fedprox: mu_p, how strongly local steps are held near theta", low=0)
     damping: float = _setting(0.1, "lambda, added to P; unit: P's, for foof a squared activation", low=0)
     relative_damping: bool = _setting(False, "lambda in units of the mean eigenvalue of a layer's P")
     momentum: float = _setting(0.0, "mu, of the preconditioned updates", low=0, high=1)
@@ -108,6 +120,7 @@ class Config:
     line_search_steps: int = _setting(10, "giant: step lengths to try, each half the last; 0: none", low=0)
     fednew_rho: float = _setting(0.1, "fednew: rho, ADMM's penalty; unit: the Hessian's", low=0)
     fednew_refresh: int = _setting(1, "fednew: rounds between two Hessians; 0: only the first", low=0)
+    sophia_gamma: float = _setting(0.01, "sophia: the larger, the fewer entries are clipped", above=0)
     kronecker_sum: str = _setting("exact", "mixing of kfac's P; factored: approximate", choices=KRONECKER_SUMS)
     correction: str = _setting(
         "control-variate",

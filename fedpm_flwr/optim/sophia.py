@@ -26,7 +26,7 @@ class Sophia(SecondOrder):
     Args:
         model, params, shared: as for ``SecondOrder``; ``clip`` and ``momentum`` come on top of Sophia's own.
         betas: β₁, β₂.
-        gamma: γ > 0: the smaller, the fewer entries are clipped.
+        gamma: γ > 0: the larger, the fewer entries are clipped.
         eps: ε > 0, the least γh.
         estimator: ``gnb``, of targets that the model draws, or ``hutchinson``, for which
             ``measure(loss)`` is to be called before ``loss.backward()``.

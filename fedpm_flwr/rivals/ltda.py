@@ -1,0 +1,29 @@
+"""LTDA (Sen, Mohan, Qin, PReMI 2023, LNCS 14301): local steps by a diagonal of linear cost, averaged.
+
+    θᵢ ← θᵢ − η gᵢ / (|v²/v₀| + λ) (K times),      θ⁺ = Σ wᵢ θᵢ,  wᵢ = nᵢ / Σ nⱼ
+
+with v [d] the first row of the Hessian of the batch's loss, v₀ its first entry. ``optim.LTDA`` takes the steps,
+``estimators.FirstRow`` says what the source gives of v and what is inferred. Inferred besides: the
+average over a round's batches (``ema``, ``refresh-interval``), afresh in each round.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from ..guarded import Guarded
+from ..method import Job, Method, local_training, shared_by_strategies
+from ..optimizers import OPTIMIZERS, second_order
+
+_OPTIMIZER = "ltda"
+
+
+def _optimizer(job: Job) -> torch.optim.Optimizer:
+    return second_order(replace(job.config, optimizer=_OPTIMIZER), job.model, job.codec)
+
+
+METHOD = Method(
+    client=local_training(_optimizer),
+    strategy=lambda config: Guarded(**shared_by_strategies(config)),
+    reads=tuple(key for key in OPTIMIZERS[_OPTIMIZER].reads if key != "optimizer"),
+)
