@@ -116,7 +116,6 @@ class Config:
     max_factor_side: int = _setting(8192, "layers with more inputs get the identity", low=1)
     position_stride: int = _setting(1, "P from every so many-th position of an image, in each direction", low=1)
     fisher: str = _setting("sampled", "kfac: whose gradients its left factor is of", choices=FISHERS)
-    sophia_gamma: float = _setting(0.01, "sophia: the smaller, the fewer entries are clipped", above=0)
     line_search_steps: int = _setting(10, "giant: step lengths to try, each half the last; 0: none", low=0)
     fednew_rho: float = _setting(0.1, "fednew: rho, ADMM's penalty; unit: the Hessian's", low=0)
     fednew_refresh: int = _setting(1, "fednew: rounds between two Hessians; 0: only the first", low=0)
