@@ -46,7 +46,7 @@ CLIENTS = {"a9a": 80, "w8a": 142, "breast-cancer": 10}
 THRESHOLDS = ("1e-3", "1e-6", "1e-10")
 _DEFAULT_METHODS = (
     "fedpm:1,fedpm:3,fedpm:5,fedpm-corrected:3,fedpm-corrected:5,localnewton:1,localnewton:3,localnewton:5,"
-    "fedavg:5,fedavg:1"
+    "fednl:1,fedavg:5,fedavg:1"
 )
 _L2 = 1e-3
 _NEWTON: dict[str, Any] = {

@@ -4,10 +4,11 @@ gᵢ − cᵢ + c is the gradient of φᵢ(ϑ) = fᵢ(ϑ) − (cᵢ − c)ᵀϑ,
 exact to first order where the pair was taken, and worth less the further the clients have moved since. A
 client can tell by itself, at no exchange: its steps have to bring ‖∇φᵢ‖ down.
 
-- A step sees all examples (``batch-size=0``): each step must bring it down to (1 − η/2) of what it was,
-  as a Newton step of length η does in the region where Newton's method converges. If one does not, the
-  client returns what it had after its first step, and the P of that step: with one step a client, the
-  mixed step does not depend on the pair, since Σ wᵢ(cᵢ − c) = 0.
+- A step sees all examples (``batch-size=0``): no step may raise it. Where P is the Hessian itself, each
+  must bring it down to (1 − η/2) of what it was: where Newton's method converges, a step of length η
+  leaves about 1 − η of it. If one does not, the client returns what it had after its first step, and the
+  P of that step: with one step a client, the mixed step does not depend on the pair, since
+  Σ wᵢ(cᵢ − c) = 0.
 - A step sees a batch: all steps together must not raise it. If they do, or fail, the client starts again
   and takes them uncorrected, as in FedPM itself.
 """
@@ -62,13 +63,15 @@ def _step_by_step(job: Job, objective: Objective, gradient: Tensor, addition: di
     optimizer = _optimizer(job, addition)
     added = objective.to_vector(addition)
     job.train(optimizer, steps=1)
+    job.metrics[CORRECTED] = int(bool(addition))
     first = Stepped(optimizer.preconditioners())
     state, metrics = _copy(job), dict(job.metrics)
+    share = 1 - job.config.learning_rate / 2 if optimizer.is_newton else 1.0
     norm, taken = (gradient + added).norm(), 1
     while taken < job.steps:
         before, norm = norm, (objective.gradient() + added).norm()
         # Not the other way round: a norm that is no number fails too.
-        if not norm <= (1 - job.config.learning_rate / 2) * before or not _trains(job, optimizer, steps=1):
+        if not norm <= share * before or not _trains(job, optimizer, steps=1):
             job.model.load_state_dict(state)
             job.metrics = metrics
             return first

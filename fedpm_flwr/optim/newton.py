@@ -22,6 +22,7 @@ class Newton(SecondOrder):
         max_factor_side: the largest number of parameters.
     """
 
+    is_newton = True
     _decay_is_curvature = True
     _fills_gradients = True  # a parameter that the loss does not depend on is no reason not to step the others
 

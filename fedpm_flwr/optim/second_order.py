@@ -64,6 +64,9 @@ class SecondOrder(torch.optim.Optimizer):
     _fills_gradients = False
     """Whether a block that lacks some of its gradients is stepped as if they were 0, or by plain steps."""
 
+    is_newton = False
+    """Whether P is the Hessian itself, so that steps with η = 1 converge quadratically."""
+
     _decay_is_curvature = False
     """Whether coupled weight decay, ω/2 ‖W‖² in the loss, adds its ωI to P."""
 

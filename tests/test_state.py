@@ -1,0 +1,100 @@
+"""What a client keeps: whole files, few of them, and none that is believed without being read."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fedpm_flwr.state import ClientState, default_folder
+
+
+def one(value: float) -> dict[str, torch.Tensor]:
+    return {"c": torch.full((2, 3), value, dtype=torch.float64)}
+
+
+def test_what_is_saved_is_loaded_by_round(tmp_path: Path) -> None:
+    state = ClientState(tmp_path, "run", "client-1")
+    assert state.load() == {}
+    state.save(1, one(1.5))
+    state.save(2, one(2.5))
+    again = ClientState(tmp_path, "run", "client-1")
+    assert torch.equal(again.load(1)["c"], one(1.5)["c"])
+    assert torch.equal(again.load()["c"], one(2.5)["c"])
+    assert again.load(3) == {}
+    assert ClientState(tmp_path, "run", "client-2").load() == {}
+    assert ClientState(tmp_path, "other", "client-1").load() == {}
+
+
+def test_the_last_two_rounds_and_the_last_eight_runs_are_kept(tmp_path: Path) -> None:
+    for run in range(11):
+        state = ClientState(tmp_path, f"run-{run}", "a")
+        for number in (1, 2, 10):
+            state.save(number, one(number))
+        assert state.rounds() == [2, 10]
+    assert len(list(tmp_path.iterdir())) == 8
+    assert ClientState(tmp_path, "run-10", "a").rounds() == [2, 10]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_tensors_that_share_memory_are_kept(tmp_path: Path) -> None:
+    whole = torch.arange(6.0)
+    state = ClientState(tmp_path, "run", "a")
+    state.save(1, {"whole": whole, "part": whole[2:4]})
+    assert torch.equal(state.load()["part"], torch.tensor([2.0, 3.0]))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "other version", "other round", "not ours"])
+def test_a_file_that_cannot_be_used_is_as_if_it_were_not_there(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = ClientState(tmp_path, "run", "a")
+    state.save(1, one(1.0))
+    (path,) = tmp_path.rglob("*.safetensors")
+    metadata = {"format": "fedpm-flwr client state", "version": "1", "round": "1"}
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "not ours":
+        save_file(one(1.0), path)
+    else:
+        key = damage.removeprefix("other ")
+        save_file(one(1.0), path, {**metadata, key: "7"})
+    with caplog.at_level(logging.WARNING, "flwr"):
+        assert state.load() == {}
+    assert "cannot be used, the client goes on without it" in caplog.text
+    state.save(2, one(2.0))
+    assert torch.equal(state.load()["c"], one(2.0)["c"])
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a b", "x" * 65, "ü"])
+def test_names_cannot_lead_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run name .* is not allowed; allowed: 1 to 64 of"):
+        ClientState(tmp_path, name, "a")
+    with pytest.raises(ValueError, match=r"client name .* is not allowed"):
+        ClientState(tmp_path, "run", name)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = ClientState(tmp_path, "run", "a")
+    state.save(1, one(1.0))
+
+    def full(*arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("fedpm_flwr.state.save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        state.save(2, one(2.0))
+    assert state.rounds() == [1]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_the_default_folder_is_the_users_own_in_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert default_folder().parent == tmp_path
+    ClientState(None, "run", "a").save(1, one(1.0))
+    assert len(list(default_folder().rglob("*.safetensors"))) == 1
