@@ -81,7 +81,7 @@ def text(folder: Path) -> str:
 FEW = {"max-train-examples": 64, "batch-size": 8, "local-steps": 2}
 MODELS: dict[str, tuple[Callable[[Path], str], dict[str, object]]] = {
     # Layers of more than 600 inputs without curvature: the 4,608 of the last ones take minutes on two cores.
-    "resnet18-gn": (images, {**FEW, "max-factor-side": 600, "damping": 1.0, "learning-rate": 0.01}),
+    "resnet18-gn": (images, {**FEW, "max-factor-side": 600, "damping": 1.0, "learning-rate": 0.003}),
     "vit": (images, {**FEW, "optimizer": "kfac", "clip": 1.0}),
     "char-lm": (text, {**FEW, "damping": 1.0}),
 }
