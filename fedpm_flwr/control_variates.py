@@ -8,7 +8,8 @@ always belongs together, and costs no exchange of its own. docs/algorithm.md der
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from flwr.app import Message
+import torch
+from flwr.app import ConfigRecord, Message
 from torch import Tensor
 
 from . import messages
@@ -75,10 +76,10 @@ class Variates:
         total = sum(weight for _, weight in self._newest.values())
         return {key: value / total for key, value in self._sum.items()}
 
-    def requests(self, requests: Iterable[Message]) -> list[Message]:
-        """The requests with c, and the round of the cᵢ that it counts for each node."""
+    def requests(self, requests: Iterable[Message], dtypes: Mapping[str, torch.dtype]) -> list[Message]:
+        """The requests with c in the model's dtypes, and the round of the cᵢ that it counts for each node."""
         self._added = {}
-        common = self.mean()
+        common = as_record(self.mean(), dtypes)
         return [
             with_extra(request, common, {VARIATE_ROUND: self._newest[node][0]})
             if node in self._newest
@@ -119,6 +120,13 @@ class Variates:
 
     def _state(self, node: int) -> ClientState:
         return ClientState(self._folder, self.run, f"server-{node}")
+
+
+def as_record(common: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> ConfigRecord:
+    """c for a request: as precise as the model, but not less than float32."""
+    return messages.tensors_record(
+        {key: value.to(torch.promote_types(dtypes[key], torch.float32)) for key, value in common.items()}
+    )
 
 
 def weighted_mean(gradients: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:

@@ -149,7 +149,8 @@ class Guarded(FedAvg):
         The clients find ``phase`` under ``messages.PHASE`` in the config, and ``extra`` beside θ. What
         comes back is unchecked: read it by ``usable``.
         """
-        asking = [with_extra(request, extra, {messages.PHASE: phase}) for request in requests]
+        record = messages.tensors_record(extra) if extra else ConfigRecord()
+        asking = [with_extra(request, record, {messages.PHASE: phase}) for request in requests]
         return list(grid.send_and_receive(asking, timeout=_EXCHANGE_TIMEOUT_S))
 
     def usable(
@@ -193,14 +194,19 @@ class Guarded(FedAvg):
 
 
 def with_extra(
-    request: Message, extra: Mapping[str, Tensor], config: Mapping[str, str | int | float] | None = None
+    request: Message,
+    extra: Mapping[str, Tensor] | ConfigRecord,
+    config: Mapping[str, str | int | float] | None = None,
 ) -> Message:
-    """A request like this one with further tensors, and with further entries in its config."""
+    """A request like this one with further tensors, and with further entries in its config.
+
+    Many requests may share one record of tensors, a ``messages.tensors_record``, as they share θ's.
+    """
     records = {**request.content}
     ((name, old),) = request.content.config_records.items()
     records[name] = ConfigRecord({**old, **(config or {})})
     if extra:
-        records[messages.EXTRA] = messages.tensors_record(extra)
+        records[messages.EXTRA] = extra if isinstance(extra, ConfigRecord) else messages.tensors_record(extra)
     changed = Message(
         RecordDict(records),
         dst_node_id=request.metadata.dst_node_id,

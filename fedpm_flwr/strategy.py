@@ -14,7 +14,15 @@ from torch import Tensor
 
 from . import messages
 from .config import KRONECKER_SUMS, WEIGHTINGS
-from .control_variates import CORRECTIONS, GRADIENT, VARIATE_ROUND, Variates, read_variate, weighted_mean
+from .control_variates import (
+    CORRECTIONS,
+    GRADIENT,
+    VARIATE_ROUND,
+    Variates,
+    as_record,
+    read_variate,
+    weighted_mean,
+)
 from .guarded import Guarded, with_extra
 from .messages import Update
 from .mixing import ModelMixer
@@ -100,6 +108,7 @@ class FedPM(Guarded):
         _log.info("\t└──> Preconditioned mixing:")
         _log.info("\t\t├── Server learning rate: %g", self.server_learning_rate)
         _log.info("\t\t├── Weighting: %s", self.weighting)
+        _log.info("\t\t├── Correction: %s", self.correction)
         _log.info("\t\t└── Codec: %s", self.codec)
 
     def configure_train(
@@ -114,7 +123,7 @@ class FedPM(Guarded):
             return requests
         if self._variates is None or self._variates.run != self.experiment:
             self._variates = Variates(self.state_folder, self.experiment)
-        return self._variates.requests(requests)
+        return self._variates.requests(requests, self._dtypes())
 
     def combine(
         self, server_round: int, usable: Iterable[tuple[Message, Update]]
@@ -171,7 +180,11 @@ class FedPM(Guarded):
         told = {reply.metadata.src_node_id: made for reply, made in self.usable(server_round, replies, read)}
         common = weighted_mean(list(told.values()))
         usable = [request for request in requests if request.metadata.dst_node_id in told]
-        return [with_extra(request, common, {VARIATE_ROUND: server_round}) for request in usable]
+        record = as_record(common, self._dtypes())
+        return [with_extra(request, record, {VARIATE_ROUND: server_round}) for request in usable]
+
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        return {key: value.dtype for key, value in self._theta.items()}
 
     def _shapes(self) -> dict[str, torch.Size]:
         return {key: value.shape for key, value in self._theta.items() if value.is_floating_point()}

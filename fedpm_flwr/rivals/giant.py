@@ -72,7 +72,8 @@ class GIANT(DirectionMean):
         self._grid = grid
         self._requests = [request for request in requests if request.metadata.dst_node_id in nodes]
         self._gradient = self.mean(kept, GRADIENT)
-        return [with_extra(request, {GRADIENT: self._gradient}) for request in self._requests]
+        record = messages.tensors_record({GRADIENT: self._gradient})
+        return [with_extra(request, record) for request in self._requests]
 
     def step_length(self, server_round: int, direction: Tensor, kept: Kept) -> float:
         """a, by one more exchange with those whose directions were averaged.

@@ -91,8 +91,9 @@ class Scaffold(Remembering):
         nodes = len({*grid.get_node_ids(), *counted})
         mean = sum(weight for _, weight in counted.values()) / max(len(counted), 1)
         c = {key: total / (nodes * mean) for key, total in (self._sum or {}).items()}
+        record = messages.tensors_record(c)
         return [
-            with_extra(request, c, {STATE_ROUND: counted.get(request.metadata.dst_node_id, (0, 0.0))[0]})
+            with_extra(request, record, {STATE_ROUND: counted.get(request.metadata.dst_node_id, (0, 0.0))[0]})
             for request in requests
         ]
 

@@ -7,6 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from .. import messages
 from ..guarded import Guarded, with_extra
 from ..messages import Update
 
@@ -36,7 +37,8 @@ class StepTeller(Guarded):
         if server_round == 1:
             self._step = {}
         requests = super().configure_train(server_round, arrays, config, grid)
-        return [with_extra(request, self._step if self._tells else {}) for request in requests]
+        record = messages.tensors_record(self._step) if self._tells and self._step else ConfigRecord()
+        return [with_extra(request, record) for request in requests]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
