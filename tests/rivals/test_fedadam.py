@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from flwr.app import Message
 
 from fedpm_flwr.config import Config
+from fedpm_flwr.method import Job
 from fedpm_flwr.rivals.fedadam import METHOD
 
-from .quadratic_a import BROKEN, broken_arrays, check_learns, check_left_out, theta_after
+from .quadratic import BROKEN, broken_arrays, check_learns, check_left_out, theta_after
 
 CONFIG = Config(
     learning_rate=0.1, local_steps=1, adam_eta=0.15, adam_beta_1=0.5, adam_beta_2=0.75, adam_tau=0.0375
@@ -39,8 +41,8 @@ def test_a_failed_round_leaves_no_moments(tmp_path: Path) -> None:
     Round 3's length is 0.15 · √(1 − 0.75⁴)/(1 − 0.5⁴), with the moments of round 2 above.
     """
 
-    def fail_once(number: int, partition: int, reply: object) -> None:
-        if (number, partition) == (2, 0):
+    def fail_once(job: Job, partition: int, reply: Message) -> None:
+        if (job.server_round, partition) == (2, 0):
             raise RuntimeError("nothing from here")
 
     first, second = (theta_after(METHOD, CONFIG, tmp_path, rounds) for rounds in (1, 2))

@@ -4,12 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from flwr.app import Message
 
 from fedpm_flwr.config import Config
+from fedpm_flwr.method import Job
 from fedpm_flwr.rivals import fedavg
 from fedpm_flwr.rivals.fedavgm import METHOD
 
-from .quadratic_a import BROKEN, broken_arrays, check_learns, check_left_out, theta_after
+from .quadratic import BROKEN, broken_arrays, check_learns, check_left_out, theta_after
 
 CONFIG = Config(learning_rate=0.1, local_steps=1, server_momentum=0.5, server_learning_rate=2.0)
 
@@ -41,8 +43,8 @@ def test_the_limit_of_no_momentum_is_fedavg(tmp_path: Path) -> None:
 def test_a_failed_round_leaves_no_momentum(tmp_path: Path) -> None:
     """Round 2 has one reply of the two it needs: rounds 1 and 3 are then as rounds 1 and 2 without it."""
 
-    def fail_once(number: int, partition: int, reply: object) -> None:
-        if (number, partition) == (2, 0):
+    def fail_once(job: Job, partition: int, reply: Message) -> None:
+        if (job.server_round, partition) == (2, 0):
             raise RuntimeError("nothing from here")
 
     found = theta_after(METHOD, replace(CONFIG, min_replies=2), tmp_path, 3, spoil=fail_once)

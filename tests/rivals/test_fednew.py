@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedpm_flwr import messages
 from fedpm_flwr.config import Config
@@ -17,7 +17,7 @@ from fedpm_flwr.rivals.fednew import COUNTED, METHOD, VOID
 
 from ..apps import federate
 from ..test_application import run
-from .quadratic_c import BAD, client, optimum, ordered, random_rows, rows, spoiling, train
+from .quadratic import BAD, app_of, make_linear, optimum, ordered, random_rows, rows, spoiling, train
 
 ONE_AND_THREE = [rows([[1.0]], [4.0]), rows([[2.0]], [0.0], times=3)]
 """f₀ = ½(w − 4)² of one example, f₁ = ½(2w)² of three: H = 1 and 4, w₀ = ¼, w₁ = ¾."""
@@ -164,11 +164,11 @@ def test_a_lost_state_is_survived_and_all_duals_start_anew(tmp_path: Path) -> No
 def test_a_second_run_of_a_strategy_starts_anew(tmp_path: Path) -> None:
     config = Config(dtype="float64")
     app, strategy, model = (
-        client(METHOD, UNEQUAL, config, tmp_path),
+        app_of(METHOD, config, tmp_path, data=lambda i: UNEQUAL[i], make_model=make_linear(0.0, 0.0)),
         METHOD.strategy(config),
-        nn.Linear(2, 1, bias=False),
+        make_linear(0.0, 0.0)(),
     )
-    first, second = (federate(app, strategy, model.double(), 4, rounds=3, wrap=ordered) for _ in range(2))
+    first, second = (federate(app, strategy, model, 4, rounds=3, wrap=ordered) for _ in range(2))
     assert torch.equal(*(result.arrays.to_torch_state_dict()["weight"] for result in (first, second)))
 
 

@@ -17,7 +17,7 @@ from fedpm_flwr.rivals.compressors import COMPRESSORS
 from fedpm_flwr.rivals.fednl import FedNL
 
 from ..test_application import run as run_application
-from .quadratic_b import Problem, make_linear, make_softmax, softmax_data, softmax_loss, with_tensors
+from .quadratic import Problem, make_linear, make_softmax, softmax_data, softmax_loss, with_tensors
 
 
 def matrix(*rows: list[float]) -> Tensor:
@@ -153,8 +153,7 @@ class Watched:
         self.started: list[tuple[int, int]] = []
         self.estimates: dict[int, Tensor] = {}
 
-    def __call__(self, job: Job, reply: Message) -> Message | None:
-        partition = int(job.state._folder.name.removeprefix("partition-"))
+    def __call__(self, job: Job, partition: int, reply: Message) -> Message | None:
         sent = read_tensors(reply.content)
         if "start" in sent or not sent["base"].any():
             self.started.append((job.server_round, partition))
@@ -188,7 +187,7 @@ def test_lost_states_and_lost_replies_leave_both_sides_agreed(
     problem = Problem(tmp_path, softmax_data, make_softmax, F.cross_entropy, nodes=3)
     watched = Watched(forget, lose)
     config = problem.config("fednl", initial_hessian=initial, fednl_option=2, weight_decay=0.01, compressor_size=2)
-    problem.run(config, rounds=5, tamper=watched)
+    problem.run(config, rounds=5, spoil=watched)
     assert sorted(watched.started) == [(1, 0), (1, 1), (1, 2), *restarts]
     assert caplog.text.count("left out the reply") == len(lose)
     assert isinstance(problem.strategy, FedNL)
@@ -205,11 +204,11 @@ def test_clients_that_do_not_take_part_count_by_what_they_sent_last(tmp_path: Pa
     Round 2: ∇fB = 4θ + 2 = 6, H = ⅔ · 1 + ⅓ · 4 = 2: θ = 1 − 6 / 2 = −2.
     """
 
-    def absent(job: Job, reply: Message) -> Message | None:
+    def absent(job: Job, partition: int, reply: Message) -> Message | None:
         return with_tensors(reply, lambda sent: {}) if job.examples == job.server_round else None
 
     problem = Problem(tmp_path, one_dimension, make_linear(4.0))
-    problem.run(problem.config("fednl", compressor="identity"), rounds=2, tamper=absent)
+    problem.run(problem.config("fednl", compressor="identity"), rounds=2, spoil=absent)
     assert torch.allclose(torch.cat(problem.thetas), torch.tensor([4.0, 1.0, -2.0]).double(), rtol=1e-12)
 
 
@@ -231,12 +230,12 @@ def test_a_bad_reply_is_left_out_and_the_round_goes_on(
 ) -> None:
     change, reason = BAD[case]
 
-    def tamper(job: Job, reply: Message) -> Message | None:
-        bad = (job.server_round, job.examples) == (3, len(softmax_data(1)[0]))
+    def spoil(job: Job, partition: int, reply: Message) -> Message | None:
+        bad = (job.server_round, partition) == (3, 1)
         return with_tensors(reply, change) if bad else None
 
     problem = Problem(tmp_path, softmax_data, make_softmax, F.cross_entropy, nodes=3)
-    problem.run(problem.config("fednl", weight_decay=0.01), rounds=4, tamper=tamper)
+    problem.run(problem.config("fednl", weight_decay=0.01), rounds=4, spoil=spoil)
     assert caplog.text.count("left out the reply") == 1
     assert re.search(rf"round 3: left out .*\(partition 1\): .*{reason}", caplog.text)
     assert not torch.equal(problem.thetas[3], problem.thetas[2])
@@ -246,14 +245,14 @@ def test_a_bad_reply_is_left_out_and_the_round_goes_on(
 def test_places_outside_of_the_triangle_are_refused(
     place: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def tamper(job: Job, reply: Message) -> Message | None:
+    def spoil(job: Job, partition: int, reply: Message) -> Message | None:
         return with_tensors(
             reply, lambda sent: sent | {"places": torch.tensor([place])} if "base" in sent else sent
         )
 
     problem = Problem(tmp_path, softmax_data, make_softmax, F.cross_entropy, nodes=3)
     config = problem.config("fednl", compressor="top", weight_decay=0.01, max_failed_rounds=2)
-    problem.run(config, rounds=2, tamper=tamper)
+    problem.run(config, rounds=2, spoil=spoil)
     assert caplog.text.count("its places are not whole numbers from 0 to 119") == 3
 
 

@@ -19,7 +19,7 @@ from fedpm_flwr.rivals.sketches import SKETCHES
 from fedpm_flwr.tasks.models import Logistic
 
 from ..test_application import run as run_application
-from .quadratic_b import Problem, make_linear, make_softmax, softmax_data, softmax_loss, with_tensors
+from .quadratic import Problem, make_linear, make_softmax, softmax_data, softmax_loss, with_tensors
 
 
 def one_dimension(partition: int) -> tuple[Tensor, Tensor]:
@@ -124,12 +124,12 @@ def test_a_bad_reply_is_left_out_and_the_round_goes_on(
 ) -> None:
     change, reason = BAD[case]
 
-    def tamper(job: Job, reply: Message) -> Message | None:
-        bad = (job.server_round, job.examples) == (2, len(softmax_data(1)[0]))
+    def spoil(job: Job, partition: int, reply: Message) -> Message | None:
+        bad = (job.server_round, partition) == (2, 1)
         return with_tensors(reply, change) if bad else None
 
     problem = Problem(tmp_path, softmax_data, make_softmax, F.cross_entropy, nodes=3)
-    problem.run(problem.config("fedns", weight_decay=0.1, sketch_size=30), rounds=3, tamper=tamper)
+    problem.run(problem.config("fedns", weight_decay=0.1, sketch_size=30), rounds=3, spoil=spoil)
     assert caplog.text.count("left out the reply") == 1
     assert re.search(rf"round 2: left out .*\(partition 1\): .*{reason}", caplog.text)
     assert not torch.equal(problem.thetas[2], problem.thetas[1])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message
 from safetensors.torch import load_file
+from torch import nn
 
 import client_app
 import server_app
@@ -15,9 +16,10 @@ from fedpm_flwr import messages
 from fedpm_flwr.config import Config
 from fedpm_flwr.curvature import Block, Dense, Diagonal, LayerCurvature
 from fedpm_flwr.inline import run_inline
+from fedpm_flwr.method import Job
 from fedpm_flwr.rivals.fedpac import METHOD, MeanPreconditioner, correct_updates
 
-from .quadratic_d import SPOILS, client, spoiled, weight, weight_after
+from .quadratic import BROKEN, Spoil, broken_arrays, rows, theta_after, untouched
 
 CONFIG = Config(
     algorithm="fedpac",
@@ -33,8 +35,13 @@ CONFIG = Config(
     fraction_train=1.0,
     min_available_nodes=2,
 )
-DATA = {0: ([1.0], [3.0]), 1: ([2.0], [10.0])}
+DATA = rows([[1.0]], [3.0]), rows([[2.0]], [10.0])
 TWO_ROUNDS = 9165 / 2992
+
+
+def after(rounds: int, folder: Path, config: Config = CONFIG, spoil: Spoil = untouched) -> float:
+    """w after so many rounds of ``DATA``."""
+    return theta_after(METHOD, config, folder, rounds, data=DATA.__getitem__, spoil=spoil)
 
 
 def test_two_rounds(tmp_path: Path) -> None:
@@ -47,9 +54,8 @@ def test_two_rounds(tmp_path: Path) -> None:
         g₂ = 4(11/8 − 5) = −29/2, w₂ = 11/8 + ½ · (29/2)/(17/4) + ½ · 11/8 = 11/8 + 29/17 + 11/16 = 1025/272
         w = (415/176 + 1025/272) / 2 = 9165/2992.
     """
-    app = client(METHOD, CONFIG, DATA, tmp_path)
-    assert weight_after(METHOD, CONFIG, app, 1) == pytest.approx(11 / 8, rel=1e-14)
-    assert weight_after(METHOD, CONFIG, app, 2) == pytest.approx(TWO_ROUNDS, rel=1e-14)
+    assert after(1, tmp_path) == pytest.approx(11 / 8, rel=1e-14)
+    assert after(2, tmp_path) == pytest.approx(TWO_ROUNDS, rel=1e-14)
 
 
 def test_clients_count_by_their_examples(tmp_path: Path) -> None:
@@ -58,21 +64,21 @@ def test_clients_count_by_their_examples(tmp_path: Path) -> None:
     Round 2: A₁ = ½ · 13/4 + ½ = 17/8, w₁ = 27/16 + ½ (21/16)/(25/8) + 27/32 = 27/16 + 21/100 + 27/32;
     A₂ = ½ · 13/4 + 2 = 29/8, w₂ = 27/16 + ½ (53/4)/(37/8) + 27/32 = 27/16 + 53/37 + 27/32.
     """
-    data = {0: DATA[0], 1: ([2.0] * 3, [10.0] * 3)}
+    data = (DATA[0], rows([[2.0]], [10.0], times=3)).__getitem__
     expected = 81 / 32 + (21 / 100 + 3 * 53 / 37) / 4
-    app = client(METHOD, CONFIG, data, tmp_path)
-    assert weight_after(METHOD, CONFIG, app, 2) == pytest.approx(expected, rel=1e-14)
+    assert theta_after(METHOD, CONFIG, tmp_path, data=data) == pytest.approx(expected, rel=1e-14)
 
 
-@pytest.mark.parametrize("how", [*SPOILS, "damaged curvature"])
+@pytest.mark.parametrize("how", [*BROKEN, "damaged curvature"])
 def test_bad_replies_are_left_out(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Round 1 without client 1 ends at w₂ = 2."""
 
-    def damaged(reply: Message) -> None:
-        reply.content[messages.CURVATURE] = ConfigRecord({messages.PAYLOAD: b"x" * 40})
+    def damaged(job: Job, partition: int, reply: Message) -> None:
+        if (job.server_round, partition) == (1, 0):
+            reply.content[messages.CURVATURE] = ConfigRecord({messages.PAYLOAD: b"x" * 40})
 
-    app = spoiled(client(METHOD, CONFIG, DATA, tmp_path), {(1, 0)}, SPOILS.get(how, damaged))
-    assert weight_after(METHOD, CONFIG, app, 1) == pytest.approx(2.0, rel=1e-14)
+    spoil = broken_arrays(how, (1, 0)) if how in BROKEN else damaged
+    assert after(1, tmp_path, spoil=spoil) == pytest.approx(2.0, rel=1e-14)
     assert caplog.text.count("left out the reply") == 1
 
 
@@ -82,25 +88,25 @@ def test_a_failed_round_leaves_the_shared_direction_and_curvature(
 ) -> None:
     """Round 2 has fewer than min-replies: round 3 is what round 2 would have been."""
     config = Config(**{**vars(CONFIG), "min_replies": 2})
-    app = spoiled(client(METHOD, config, DATA, tmp_path), bad, SPOILS["NaN"])
-    assert weight_after(METHOD, config, app, 3) == pytest.approx(TWO_ROUNDS, rel=1e-14)
+    assert after(3, tmp_path, config, broken_arrays("nan", *bad)) == pytest.approx(TWO_ROUNDS, rel=1e-14)
 
 
 def test_a_round_without_curvature_leaves_the_shared_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Round 2 without curvature is as ever; round 3 starts from the A = 5/2 of round 1, with s = w − 11/8."""
 
-    def dropped(reply: Message) -> None:
-        del reply.content[messages.CURVATURE]
+    def dropped(job: Job, partition: int, reply: Message) -> None:
+        if job.server_round == 2:
+            del reply.content[messages.CURVATURE]
 
-    app = spoiled(client(METHOD, CONFIG, DATA, tmp_path), {(2, 0), (2, 1)}, dropped)
     w, s = TWO_ROUNDS, TWO_ROUNDS - 11 / 8
     expected = w + s / 2 - ((w - 3) / (11 / 4) + 4 * (w - 5) / (17 / 4)) / 4
-    assert weight_after(METHOD, CONFIG, app, 3) == pytest.approx(expected, rel=1e-14)
+    assert after(3, tmp_path, spoil=dropped) == pytest.approx(expected, rel=1e-14)
     assert caplog.text.count("round 2: no reply held curvature; the last mean stays") == 1
 
 
 def test_k_corrections_move_by_beta_times_the_last_step() -> None:
-    model = weight(1.0)
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.ones_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     correct_updates(optimizer, model, {"weight": torch.tensor([[4.0]], dtype=torch.float64)}, 0.25, 5)
     for _ in range(5):

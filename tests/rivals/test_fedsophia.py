@@ -16,7 +16,7 @@ from fedpm_flwr.rivals.fedsophia import METHOD
 
 from ..apps import federate
 from ..helpers import relative_error
-from .quadratic_a import BROKEN, app_of, broken_arrays, check_learns, check_left_out, ordered, theta_after
+from .quadratic import BROKEN, app_of, broken_arrays, check_learns, check_left_out, ordered, theta_after
 
 CONFIG = Config(learning_rate=0.1, local_steps=1)
 BETA_1, BETA_2 = 0.965, 0.99

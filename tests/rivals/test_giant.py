@@ -11,7 +11,7 @@ from fedpm_flwr.method import Job
 from fedpm_flwr.rivals.giant import ARMIJO, GRADIENT, LINE_SEARCH, METHOD, VALUES, armijo
 
 from ..test_application import run
-from .quadratic_c import BAD, optimum, random_rows, rows, spoiling, train
+from .quadratic import BAD, optimum, random_rows, rows, spoiling, train
 
 ONE_AND_THREE = [rows([[1.0]], [4.0]), rows([[2.0]], [0.0], times=3)]
 """f₀ = ½(w − 4)² of one example, f₁ = ½(2w)² of three: H = 1 and 4, w₀ = ¼, w₁ = ¾."""

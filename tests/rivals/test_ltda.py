@@ -10,7 +10,7 @@ from fedpm_flwr.config import Config
 from fedpm_flwr.rivals import localnewton
 from fedpm_flwr.rivals.ltda import METHOD
 
-from .quadratic_a import BROKEN, broken_arrays, check_learns, check_left_out, theta_after
+from .quadratic import BROKEN, broken_arrays, check_learns, check_left_out, theta_after
 
 CONFIG = Config(learning_rate=0.5, local_steps=1, damping=1.0)
 

@@ -15,10 +15,11 @@ import server_app
 from fedpm_flwr import messages
 from fedpm_flwr.config import Config
 from fedpm_flwr.inline import run_inline
+from fedpm_flwr.method import Job
 from fedpm_flwr.rivals.pfedsop import METHOD, collaboration, rank_one_newton
 
 from ..apps import federate
-from .quadratic_d import SPOILS, after_each_round, client, spoiled, weight, weight_after
+from .quadratic import BROKEN, Examples, Spoil, app_of, broken_arrays, make_linear, rows, theta_after, untouched
 
 CONFIG = Config(
     algorithm="pfedsop",
@@ -29,8 +30,16 @@ CONFIG = Config(
     dtype="float64",
     min_available_nodes=2,
 )
-EQUAL = {0: ([1.0], [0.0]), 1: ([1.0], [0.0])}
 START = 4.0
+
+
+def equal(partition: int) -> Examples:
+    return rows([[1.0]], [0.0])
+
+
+def after(rounds: int, folder: Path, config: Config = CONFIG, spoil: Spoil = untouched) -> float:
+    """θ after so many rounds of equal clients."""
+    return theta_after(METHOD, config, folder, rounds, start=START, data=equal, spoil=spoil)
 
 
 def test_two_rounds_of_equal_clients(tmp_path: Path) -> None:
@@ -39,16 +48,14 @@ def test_two_rounds_of_equal_clients(tmp_path: Path) -> None:
     Round 1: x = 4, y = 2, Δ = (4 − 2)/½ = 4, θ = 4 − ½ · 4 = 2.
     Round 2: x = 4 − 5 · 4/(4 + 16) = 3, y = 3/2, Δ = 3, θ = 2 − ½ · 3 = ½.
     """
-    app = client(METHOD, CONFIG, EQUAL, tmp_path)
-    assert weight_after(METHOD, CONFIG, app, 1, START) == pytest.approx(2.0, rel=1e-14)
-    assert weight_after(METHOD, CONFIG, app, 2, START) == pytest.approx(0.5, rel=1e-14)
+    assert after(1, tmp_path) == pytest.approx(2.0, rel=1e-14)
+    assert after(2, tmp_path) == pytest.approx(0.5, rel=1e-14)
 
 
 def test_the_server_takes_longer_steps(tmp_path: Path) -> None:
     """As above with η_s = ½: θ = 4 − ½ · ½ · 4 = 3, then 3 − ½ · ½ · 3 = 9/4: Δ is told without η_s."""
     config = Config(**{**vars(CONFIG), "server_learning_rate": 0.5})
-    app = client(METHOD, config, EQUAL, tmp_path)
-    assert weight_after(METHOD, config, app, 2, START) == pytest.approx(2.25, rel=1e-14)
+    assert after(2, tmp_path, config) == pytest.approx(2.25, rel=1e-14)
 
 
 def test_two_rounds_of_clients_that_differ(tmp_path: Path) -> None:
@@ -60,9 +67,9 @@ def test_two_rounds_of_clients_that_differ(tmp_path: Path) -> None:
              = −0.441072;  Δ₁ = x₁ − 4, Δ₂ = x₂ + 2, Δ = (x₁ + x₂ − 2)/2 = −0.974559, θ = ½ + 0.487280 = 0.987280.
     """
     config = Config(**{**vars(CONFIG), "damping": 1.0, "personal_learning_rate": 1.0, "personal_sharpness": 1.0})
-    app = client(METHOD, config, {0: ([1.0], [4.0]), 1: ([1.0], [-2.0])}, tmp_path)
-    assert weight_after(METHOD, config, app, 1) == pytest.approx(0.5, rel=1e-14)
-    assert weight_after(METHOD, config, app, 2) == pytest.approx(0.987280, abs=2e-6)
+    data = (rows([[1.0]], [4.0]), rows([[1.0]], [-2.0])).__getitem__
+    assert theta_after(METHOD, config, tmp_path, 1, data=data) == pytest.approx(0.5, rel=1e-14)
+    assert theta_after(METHOD, config, tmp_path, 2, data=data) == pytest.approx(0.987280, abs=2e-6)
 
 
 @pytest.mark.parametrize("damping", [1e-3, 0.1, 10.0])
@@ -85,33 +92,31 @@ def test_collaboration_falls_with_the_angle() -> None:
 def test_a_client_whose_state_is_lost_starts_from_the_global_model(tmp_path: Path) -> None:
     """Equal clients as above; in round 2 x = θ = 2, without a Newton step: y = 1, θ = 2 − 1 = 1."""
 
-    def lose(number: int, partition: int, reply: Message) -> None:
-        if partition == 1 or number == 1:
+    def lose(job: Job, partition: int, reply: Message) -> None:
+        if partition == 1 or job.server_round == 1:
             shutil.rmtree(tmp_path, ignore_errors=True)
 
-    app = after_each_round(client(METHOD, CONFIG, EQUAL, tmp_path), lose)
-    assert weight_after(METHOD, CONFIG, app, 2, START) == pytest.approx(1.0, rel=1e-14)
+    assert after(2, tmp_path, spoil=lose) == pytest.approx(1.0, rel=1e-14)
 
 
-@pytest.mark.parametrize("how", SPOILS)
+@pytest.mark.parametrize("how", BROKEN)
 def test_bad_replies_are_left_out(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    app = spoiled(client(METHOD, CONFIG, EQUAL, tmp_path), {(1, 0)}, SPOILS[how])
-    assert weight_after(METHOD, CONFIG, app, 2, START) == pytest.approx(0.5, rel=1e-14)
+    assert after(2, tmp_path, spoil=broken_arrays(how, (1, 0))) == pytest.approx(0.5, rel=1e-14)
     assert caplog.text.count("left out the reply") == 1
 
 
 def test_a_client_that_diverges_keeps_what_it_had(tmp_path: Path) -> None:
     """In round 2 partition 0 has an endless target: its reply says so, and its state is that of round 1."""
-    data, diverged = dict(EQUAL), []
+    data, diverged = [equal(0), equal(1)], []
 
-    def spoil(number: int, partition: int, reply: Message) -> None:
+    def note(job: Job, partition: int, reply: Message) -> None:
         (metrics,) = reply.content.metric_records.values()
-        diverged.append((number, partition, bool(metrics.get(messages.DIVERGED))))
+        diverged.append((job.server_round, partition, bool(metrics.get(messages.DIVERGED))))
         if len(diverged) == 2:
-            data[0] = ([1.0], [math.inf])
+            data[0] = rows([[1.0]], [math.inf])
 
-    app = after_each_round(client(METHOD, CONFIG, data, tmp_path), spoil)
-    assert weight_after(METHOD, CONFIG, app, 2, START) == pytest.approx(0.5, rel=1e-14)
+    found = theta_after(METHOD, CONFIG, tmp_path, start=START, data=lambda i: data[i], spoil=note)
+    assert found == pytest.approx(0.5, rel=1e-14)
     assert sorted(diverged) == [(1, 0, False), (1, 1, False), (2, 0, True), (2, 1, False)]
     states = sorted(str(path.relative_to(tmp_path)).split("/", 1)[1] for path in tmp_path.rglob("*.safetensors"))
     assert states == [
@@ -124,8 +129,8 @@ def test_a_client_that_diverges_keeps_what_it_had(tmp_path: Path) -> None:
 def test_the_personal_models_are_evaluated(tmp_path: Path) -> None:
     """Equal clients: after round 1 x = 4, after round 2 x = 3, and their loss ½x² is told."""
     config = Config(**{**vars(CONFIG), "fraction_evaluate": 1.0})
-    app = client(METHOD, config, EQUAL, tmp_path)
-    result = federate(app, METHOD.strategy(config), weight(START), 2, rounds=2)
+    app = app_of(METHOD, config, tmp_path, data=equal)
+    result = federate(app, METHOD.strategy(config), make_linear(START)(), 2, rounds=2)
     told = [result.evaluate_metrics_clientapp[number]["personal-loss"] for number in (1, 2)]
     trained = [result.train_metrics_clientapp[number]["personal-loss"] for number in (1, 2)]
     assert told == trained == [8.0, 4.5]

@@ -16,7 +16,7 @@ from fedpm_flwr.method import Job
 from fedpm_flwr.rivals import fedavg
 from fedpm_flwr.rivals.scaffold import METHOD
 
-from .quadratic_a import BROKEN, broken_arrays, check_learns, check_left_out, digits, theta_after, two_quadratics
+from .quadratic import BROKEN, broken_arrays, check_learns, check_left_out, digits, theta_after, two_quadratics
 
 CONFIG = Config(learning_rate=0.1, local_steps=2, weighting="uniform")
 OPTIMUM = {"uniform": -3 / 5, "num-examples": -11 / 13}
@@ -73,8 +73,8 @@ def test_a_lost_state_is_survived_and_the_optimum_is_kept(
 ) -> None:
     """All states are deleted after round 10: c then starts anew, where a c that kept the lost would be off."""
 
-    def delete(number: int, partition: int, reply: Message) -> None:
-        if number == 10:
+    def delete(job: Job, partition: int, reply: Message) -> None:
+        if job.server_round == 10:
             shutil.rmtree(tmp_path / "state")
 
     config = replace(CONFIG, fraction_train=fraction)
@@ -92,8 +92,8 @@ def test_a_round_after_a_loss_averages_and_the_next_begins_anew(tmp_path: Path) 
     Round 3 with c = cᵢ = 0 is FedAvg's: θ₀ = 1 − 0.81 · 1.5535, θ₁ = −1 + 0.36 · 0.4465.
     """
 
-    def delete(number: int, partition: int, reply: Message) -> None:
-        if number == 1:
+    def delete(job: Job, partition: int, reply: Message) -> None:
+        if job.server_round == 1:
             shutil.rmtree(tmp_path / "state")
 
     second = theta_after(METHOD, CONFIG, tmp_path / "state", 2, spoil=delete)
@@ -118,8 +118,8 @@ def test_with_one_client_of_two_in_a_round_c_is_half_of_its_variate(tmp_path: Pa
 def test_a_lost_reply_is_no_lost_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The client steps with the cᵢ that the server has, not with its newest, and c stays the mean."""
 
-    def lose(number: int, partition: int, reply: Message) -> None:
-        if number in (5, 8) and partition == 1:
+    def lose(job: Job, partition: int, reply: Message) -> None:
+        if job.server_round in (5, 8) and partition == 1:
             raise RuntimeError("the reply is lost on its way")
 
     assert theta_after(METHOD, CONFIG, tmp_path, 40, spoil=lose) == pytest.approx(OPTIMUM["uniform"], abs=1e-4)
@@ -129,8 +129,8 @@ def test_a_lost_reply_is_no_lost_state(tmp_path: Path, caplog: pytest.LogCapture
 def test_a_failed_round_leaves_no_variates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Round 2 lacks a reply: rounds 1 and 3 are then as rounds 1 and 2 without it, on both sides."""
 
-    def fail_once(number: int, partition: int, reply: Message) -> None:
-        if (number, partition) == (2, 0):
+    def fail_once(job: Job, partition: int, reply: Message) -> None:
+        if (job.server_round, partition) == (2, 0):
             raise RuntimeError("nothing from here")
 
     found = theta_after(METHOD, replace(CONFIG, min_replies=2), tmp_path, 3, spoil=fail_once)
@@ -155,8 +155,8 @@ def test_broken_replies_are_left_out(how: str, tmp_path: Path, caplog: pytest.Lo
 def test_broken_variates_are_left_out(
     extra: dict[str, Tensor] | None, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def spoil(number: int, partition: int, reply: Message) -> None:
-        if (number, partition) == (2, 1):
+    def spoil(job: Job, partition: int, reply: Message) -> None:
+        if (job.server_round, partition) == (2, 1):
             record = ConfigRecord() if extra is None else messages.tensors_record(extra)
             reply.content[messages.EXTRA] = record
 
