@@ -4,8 +4,8 @@ from typing import Any
 
 from . import corrected, strategy
 from .config import Config
-from .method import Method, local_training, shared_by_strategies
-from .optimizers import OPTIMIZERS, second_order
+from .method import Job, Method, local_training, shared_by_strategies
+from .optimizers import OPTIMIZERS
 from .rivals import (
     fedadam,
     fedavg,
@@ -59,7 +59,7 @@ def _fedpm(config: Config, **more: Any) -> strategy.FedPM:
 
 REGISTRY = {
     "fedpm": Method(
-        client=local_training(lambda job: second_order(job.config, job.model, job.codec)),
+        client=local_training(Job.second_order),
         strategy=_fedpm,
         reads=("server-learning-rate", "weighting", "codec", "kronecker-sum"),
         reads_optimizer=True,

@@ -24,7 +24,6 @@ from .curvature import CurvatureError, LayerCurvature
 from .method import Job
 from .objective import Objective
 from .optim import SecondOrder, correct_gradients
-from .optimizers import second_order
 
 _log = logging.getLogger("flwr")
 CORRECTED = "corrected-steps"
@@ -43,7 +42,9 @@ class Stepped:
 
 def client(job: Job) -> Message:
     """Answer a training request, or the request for ∇fᵢ(θ) that comes before it."""
-    objective = job.objective
+    # Of what the optimizer steps by: decoupled weight decay is no part of the gradient.
+    decay = 0.0 if job.config.decoupled_weight_decay else job.config.weight_decay
+    objective = Objective(job.model, job.batches, job.loss, decay, job.device)
     gradient = objective.gradient()
     own = objective.by_name(gradient)
     if job.phase == variates.GRADIENT:
@@ -97,7 +98,7 @@ def _all_or_none(job: Job, objective: Objective, gradient: Tensor, addition: dic
 
 
 def _optimizer(job: Job, addition: dict[str, Tensor]) -> SecondOrder:
-    optimizer = second_order(job.config, job.model, job.codec)
+    optimizer = job.second_order()
     added = {p: addition[name].to(p) for name, p in job.model.named_parameters() if name in addition}
     correct_gradients(optimizer, added.get)
     return optimizer

@@ -97,7 +97,11 @@ class Guarded(FedAvg):
             self._fail(f"round {server_round}: {failure}")
             return None, None
         self.failed_rounds = 0
+        self.accepted(server_round)
         return arrays, metrics
+
+    def accepted(self, server_round: int) -> None:
+        """Called when a round counts: the place, not ``combine``, to keep what later rounds need of it."""
 
     def combine(
         self, server_round: int, usable: Iterable[tuple[Message, Update]]

@@ -113,7 +113,7 @@ def tensors_record(tensors: Mapping[str, Tensor]) -> ConfigRecord:
 def read_tensors(
     content: RecordDict, shapes: Mapping[str, Sequence[int]] | None = None, *, record: str = EXTRA
 ) -> dict[str, Tensor]:
-    """The tensors of a ``tensors_record``; exactly those of ``shapes``, if given, and finite.
+    """The tensors of a ``tensors_record``, finite; if ``shapes`` is given, exactly those, and of no wild values.
 
     Raises:
         ReplyError: naming what is wrong.
@@ -133,6 +133,10 @@ def read_tensors(
             raise ReplyError(f"its {record!r} tensor {key!r} is {list(tensor.shape)}, not {list(shapes[key])}")
         if not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
             raise ReplyError(f"its {record!r} tensor {key!r} is not finite floating-point numbers")
+        # As of a model's arrays: with one such number the sum of all clients' is of no use any more.
+        _, largest = _range(tensor.dtype)
+        if shapes is not None and tensor.numel() and float(tensor.abs().max()) > largest:
+            raise ReplyError(f"its {record!r} tensor {key!r} has a value beyond {largest:.3g}")
     return tensors
 
 

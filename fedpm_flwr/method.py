@@ -1,7 +1,7 @@
 """A federated method: what its clients do with a training request, and the strategy of its server."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from . import messages
 from .config import Config
 from .guarded import Guarded
 from .objective import Objective
+from .optim import SecondOrder
+from .optimizers import second_order
 from .state import ClientState
 from .training import Batches, Loss, fit
 
@@ -71,9 +73,13 @@ class Job:
 
     @property
     def objective(self) -> Objective:
-        """f of all the client's examples, with weight decay where that is part of the gradient."""
-        decay = 0.0 if self.config.decoupled_weight_decay else self.config.weight_decay
-        return Objective(self.model, self.batches, self.loss, decay, self.device)
+        """f of all the client's examples, weight decay included, at the model's parameters."""
+        return Objective(self.model, self.batches, self.loss, self.config.weight_decay, self.device)
+
+    def second_order(self, optimizer: str | None = None) -> SecondOrder:
+        """The optimizer of this name, by default the one that the setting ``optimizer`` names."""
+        config = replace(self.config, optimizer=optimizer or self.config.optimizer, seed=self.seed)
+        return second_order(config, self.model, self.codec)
 
     def extra(self) -> dict[str, Tensor]:
         """The tensors that the server sent beside the model; empty: none."""

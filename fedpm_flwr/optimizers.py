@@ -34,7 +34,7 @@ def sgd(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-SGD_READS = ("momentum", "weight-decay")
+SGD_READS = ("learning-rate", "local-epochs", "local-steps", "momentum", "weight-decay")
 
 
 def _steps(config: Config, codec: str | None) -> dict[str, Any]:

@@ -144,12 +144,15 @@ class FedPM(Guarded):
             contents.append(reply.content)
             curved = curved or bool(update.layers)
         mixed = ArrayRecord(mixer.result(self.server_learning_rate))
-        if self._variates is not None:
-            self._variates.commit()
         _log.info("aggregate_train: Mixed %d results", len(contents))
         if not curved:
             _log.warning("%sround %d: no reply held curvature; models are averaged", PREFIX, server_round)
         return mixed, self._aggregate_metrics(server_round, contents)
+
+    def accepted(self, server_round: int) -> None:
+        """The clients' control variates of this round count."""
+        if self._variates is not None:
+            self._variates.commit()
 
     def read(self, reply: Message) -> Update:
         """The checked update in a training reply, with its curvature.

@@ -42,6 +42,7 @@ from ..guarded import with_extra
 from ..messages import Update
 from ..method import Job, Method, shared_by_strategies
 from .directions import DAMPING, DIRECTION, DirectionMean, node_of, solve_damped
+from .vectors import check_whole
 
 LATEST = "latest-direction"
 """Sent down: y of the last round that did not fail; absent: 0."""
@@ -123,6 +124,7 @@ class FedNew(DirectionMean):
 def _client(job: Job) -> Message:
     """yᵢ, and the state that the next round needs."""
     objective, sent, rho = job.objective, job.extra(), job.config.fednew_rho
+    check_whole(job.model, len(objective.theta))
     gradient = objective.gradient()
     latest = sent.get(LATEST, torch.zeros_like(gradient))
     dual, lost = _dual(job, sent.get(COUNTED_DIRECTION, latest))

@@ -45,7 +45,7 @@ from ..messages import ReplyError, Update
 from ..method import Job, Method, shared_by_strategies
 from .compressors import COMPRESSORS, PLACES, entries
 from .server_step import GRADIENT, ServerStep, Slope, mean_gradient
-from .vectors import check_side, lower_triangle, symmetric
+from .vectors import check_side, check_whole, lower_triangle, symmetric
 
 COUNTED = "hessian-round"
 """In a request: the round after which the Hᵢ is that the server has of this client; 0: it has none."""
@@ -57,6 +57,7 @@ _HESSIAN = "hessian"
 def client(job: Job) -> Message:
     """Send the gradient, and what the server lacks of the Hessian."""
     check_side(len(job.objective.theta), job.config.max_factor_side)
+    check_whole(job.model, len(job.objective.theta))
     objective, counted = job.objective, int(messages.asked(job.request, COUNTED) or 0)
     hessian = objective.hessian(max_side=job.config.max_factor_side)
     job.metrics["train-loss"] = objective.value()
@@ -153,6 +154,8 @@ class FedNL(ServerStep):
         else:
             before, error = self._before(reply, float(tensors[BASE]), side), float(tensors[ERROR])
             change = self._compressor.restore(tensors, side)
+        if error < 0 or not torch.isfinite(change).all():
+            raise ReplyError(f"its {messages.EXTRA!r} tensors are no difference of Hessians and its norm")
         return _Learned(update.state, [], update.num_examples, tensors[GRADIENT], before, change, error)
 
     def direction(self, server_round: int, kept: Sequence[tuple[Message, Update]]) -> Tensor:

@@ -40,7 +40,7 @@ from ..method import Job, Method, shared_by_strategies
 from ..training import Batches, Loss, on_device
 from .server_step import GRADIENT, ServerStep, Slope, mean_gradient
 from .sketches import SKETCHES
-from .vectors import check_side
+from .vectors import check_side, check_whole
 
 ROOT = "root"
 """In a reply: Sᵢ Aᵢ, or Aᵢ."""
@@ -82,6 +82,7 @@ def client(job: Job) -> Message:
     """Send the gradient, and the sketched root of the Hessian."""
     objective = job.objective
     check_side(len(objective.theta), job.config.max_factor_side)
+    check_whole(job.model, len(objective.theta))
     job.model.eval()  # as the objective: nothing is drawn at random, no running statistics change
     root = gauss_newton_root(job.model, job.batches, job.loss, job.device)
     if len(root) > job.config.sketch_size:

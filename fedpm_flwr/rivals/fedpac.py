@@ -40,7 +40,6 @@ from ..curvature import LayerCurvature
 from ..messages import Update
 from ..method import Job, Method, shared_by_strategies
 from ..optim import SecondOrder
-from ..optimizers import second_order
 from ..report import PREFIX
 from ..wire import encode, get_codec
 from .steps import StepTeller
@@ -66,7 +65,7 @@ def correct_updates(
 
 def client(job: Job) -> Message:
     """K local steps from the shared P, along the shared direction."""
-    optimizer = second_order(job.config, job.model, job.codec)
+    optimizer = job.second_order()
     assert isinstance(optimizer, SecondOrder)
     shared = messages.read_curvature(
         job.request, job.model.state_dict(), max_factor_side=job.config.max_factor_side
@@ -160,6 +159,8 @@ class FedPAC(StepTeller):
             ReplyError: the reply cannot be used.
         """
         update = super().read(reply)
+        if not self._align:
+            return update
         layers = messages.read_curvature(reply, self._theta, max_factor_side=self._max_factor_side)
         return replace(update, layers=layers)
 

@@ -11,19 +11,17 @@ Inferred: m and h start at 0 in each round (the source does not say that clients
 weighed by their examples, where the source averages uniformly.
 """
 
-from dataclasses import replace
-
 import torch
 
 from ..guarded import Guarded
 from ..method import Job, Method, local_training, shared_by_strategies
-from ..optimizers import OPTIMIZERS, second_order
+from ..optimizers import OPTIMIZERS
 
 _OPTIMIZER = "sophia"
 
 
 def _optimizer(job: Job) -> torch.optim.Optimizer:
-    return second_order(replace(job.config, optimizer=_OPTIMIZER), job.model, job.codec)
+    return job.second_order(_OPTIMIZER)
 
 
 METHOD = Method(

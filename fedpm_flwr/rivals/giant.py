@@ -37,6 +37,7 @@ from ..config import Config
 from ..guarded import with_extra
 from ..method import Job, Method, shared_by_strategies
 from .directions import DAMPING, DIRECTION, DirectionMean, Kept, node_of, solve_damped
+from .vectors import check_whole
 
 GRADIENT = "gradient"
 LINE_SEARCH = "line-search"
@@ -130,6 +131,7 @@ def armijo(lengths: list[float], values: list[float], slope: float) -> float:
 
 def _client(job: Job) -> Message:
     """One of the three exchanges, as ``job.phase`` says."""
+    check_whole(job.model, len(job.objective.theta))
     return job.reply_tensors(
         {GRADIENT: _gradient, messages.TRAIN: _direction, LINE_SEARCH: _values}[job.phase](job)
     )
@@ -154,8 +156,8 @@ def _values(job: Job) -> dict[str, Tensor]:
     for a in candidates(job.config.line_search_steps):
         objective.move_to(theta - a * direction)
         values.append(objective.value())
-    largest = torch.finfo(theta.dtype).max
-    return {VALUES: torch.tensor(values, dtype=theta.dtype).nan_to_num(nan=largest, posinf=largest)}
+    largest = torch.finfo(theta.dtype).max ** 0.5  # what a reply may hold
+    return {VALUES: torch.tensor(values, dtype=theta.dtype).nan_to_num(nan=largest).clamp(max=largest)}
 
 
 def _strategy(config: Config) -> GIANT:

@@ -6,11 +6,10 @@ P is that of the setting ``optimizer``, where the source has the Hessian and a l
 """
 
 from ..guarded import Guarded
-from ..method import Method, local_training, shared_by_strategies
-from ..optimizers import second_order
+from ..method import Job, Method, local_training, shared_by_strategies
 
 METHOD = Method(
-    client=local_training(lambda job: second_order(job.config, job.model, job.codec)),
+    client=local_training(Job.second_order),
     strategy=lambda config: Guarded(**shared_by_strategies(config)),
     reads_optimizer=True,
 )

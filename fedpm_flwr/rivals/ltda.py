@@ -7,19 +7,17 @@ with v [d] the first row of the Hessian of the batch's loss, v₀ its first entr
 average over a round's batches (``ema``, ``refresh-interval``), afresh in each round.
 """
 
-from dataclasses import replace
-
 import torch
 
 from ..guarded import Guarded
 from ..method import Job, Method, local_training, shared_by_strategies
-from ..optimizers import OPTIMIZERS, second_order
+from ..optimizers import OPTIMIZERS
 
 _OPTIMIZER = "ltda"
 
 
 def _optimizer(job: Job) -> torch.optim.Optimizer:
-    return second_order(replace(job.config, optimizer=_OPTIMIZER), job.model, job.codec)
+    return job.second_order(_OPTIMIZER)
 
 
 METHOD = Method(

@@ -39,12 +39,16 @@ from .steps import StepTeller
 _MODEL, _UPDATE = "model.", "update"
 
 
+_LARGEST_EXPONENT = 700.0
+"""Beyond it exp is no float64."""
+
+
 def collaboration(own: Tensor, shared: Tensor, sharpness: float) -> float:
     """b of two updates [d], by the Gompertz function of the angle between them."""
     norms = float(own.norm() * shared.norm())
     cosine = float(own @ shared) / norms if norms else 0.0
     angle = math.acos(min(max(cosine, -1.0), 1.0))
-    return 1 - math.exp(-math.exp(-sharpness * (angle - 1)))
+    return 1 - math.exp(-math.exp(min(-sharpness * (angle - 1), _LARGEST_EXPONENT)))
 
 
 def rank_one_newton(update: Tensor, damping: float) -> Tensor:

@@ -41,7 +41,7 @@ from ..guarded import with_extra
 from ..messages import Update
 from ..method import Job, Method, shared_by_strategies
 from ..optim import correct_gradients
-from ..optimizers import sgd
+from ..optimizers import SGD_READS, sgd
 from ..report import PREFIX
 from .memory import Remembering
 
@@ -205,4 +205,8 @@ def _strategy(config: Config) -> Scaffold:
     )
 
 
-METHOD = Method(client=client, strategy=_strategy, reads=("weight-decay", "server-learning-rate", "weighting"))
+METHOD = Method(
+    client=client,
+    strategy=_strategy,
+    reads=(*(key for key in SGD_READS if key != "momentum"), "server-learning-rate", "weighting"),
+)

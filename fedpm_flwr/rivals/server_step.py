@@ -40,6 +40,7 @@ class ServerStep(Guarded):
         super().__init__(**strategy)
         self.server_learning_rate = server_learning_rate
         self.max_factor_side = max_factor_side
+        self._stepped: list[tuple[Message, Update]] = []
 
     @property
     def parameters(self) -> Tensor:
@@ -73,13 +74,16 @@ class ServerStep(Guarded):
             return None, metrics
         step = self.server_learning_rate * self.direction(server_round, kept)
         moved = from_vector(self.parameters - step, averaged.to_torch_state_dict())
-        arrays = self._as_sent(ArrayRecord(moved))
-        self.step_taken(server_round, kept)
-        return arrays, metrics
+        self._stepped = kept
+        return self._as_sent(ArrayRecord(moved)), metrics
 
     @abstractmethod
     def direction(self, server_round: int, kept: Sequence[tuple[Message, Update]]) -> Tensor:
         """B⁻¹ g, [d]."""
+
+    def accepted(self, server_round: int) -> None:
+        """The step counts."""
+        self.step_taken(server_round, self._stepped)
 
     def step_taken(self, server_round: int, kept: Sequence[tuple[Message, Update]]) -> None:
         """What is to do after the step, if anything."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..curvature import from_matrix, matrix_shape, to_matrix
 
@@ -23,6 +23,16 @@ def from_vector(vector: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor
     shapes = [state[key].shape for key in keys]
     parts = from_matrix(vector.reshape(matrix_shape(shapes)), shapes)
     return {**state, **{key: part.to(state[key].dtype) for key, part in zip(keys, parts, strict=True)}}
+
+
+def check_whole(model: nn.Module, side: int) -> None:
+    """Raise ValueError if the trained parameters [d], d = ``side``, are not all floats of the model's state."""
+    floats = sum(value.numel() for value in model.state_dict().values() if value.is_floating_point())
+    if side != floats:
+        raise ValueError(
+            f"the method needs a model whose {floats} floating-point numbers are all trained parameters, not "
+            f"{side} of them: no BatchNorm statistics, no frozen and no tied parameters"
+        )
 
 
 def check_side(side: int, largest: int) -> None:

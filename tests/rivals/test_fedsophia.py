@@ -13,6 +13,7 @@ from fedpm_flwr.algorithms import settings_without_effect
 from fedpm_flwr.config import Config
 from fedpm_flwr.estimators import GaussNewtonBartlett
 from fedpm_flwr.rivals.fedsophia import METHOD
+from fedpm_flwr.training import derive_seed
 
 from ..apps import federate
 from ..helpers import relative_error
@@ -81,7 +82,7 @@ def unclipped(steps: int, config: Config) -> list[Tensor]:
     """θ after so many steps of −η m/(γh), with the estimator's own ĥ of the same seed every other step."""
     model, (x, y) = three_classes(), samples(0)
     parameters = list(model.parameters())
-    estimator = GaussNewtonBartlett(model, seed=config.seed)
+    estimator = GaussNewtonBartlett(model, seed=derive_seed(config.seed, 1, 0))  # of round 1, partition 0
     mean = [torch.zeros_like(p) for p in parameters]
     diagonal = [torch.zeros_like(p) for p in parameters]
     for step in range(steps):
