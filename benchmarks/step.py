@@ -43,7 +43,7 @@ from fedpm_flwr.tasks import build_model
 from .table import Row, publish
 
 INPUT_SHAPE, CLASSES = (3, 32, 32), 10
-_FOR_TEXT = ("char-lm",)
+_NOT_FOR_IMAGES = ("char-lm", "logistic")
 REFRESH, INVERSE = 10, 100
 """The intervals that steps are timed at; the shares that they are averaged by are another matter."""
 _LR = 1e-3
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     methods = ["sgd", *(name for name in given.methods.split(",") if name != "sgd")]
     for key, names, allowed in (
         ("devices", given.devices.split(","), devices),
-        ("models", given.models.split(","), [name for name in MODELS if name not in _FOR_TEXT]),
+        ("models", given.models.split(","), [name for name in MODELS if name not in _NOT_FOR_IMAGES]),
         ("methods", methods, METHODS),
     ):
         if not set(names) <= set(allowed):

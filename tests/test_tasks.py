@@ -73,12 +73,25 @@ def test_models_are_functions_of_their_seed_and_leave_the_generator_alone(name: 
     text = name == "char-lm"
     inputs = torch.zeros(2, 16, dtype=torch.int64) if text else torch.zeros(2, 1, 16, 16)
     shape = tuple(inputs.shape[1:])
-    first, again, other = (build_model(name, shape, 10, seed, inputs.dtype) for seed in (1, 1, 2))
+    classes = 2 if name == "logistic" else 10
+    first, again, other = (build_model(name, shape, classes, seed, inputs.dtype) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
-    assert first(inputs).shape == (2, 10)
+    assert first(inputs).shape == (2, classes)
     for p, q in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
-    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+    # Logistic regression always starts from 0.
+    assert torch.equal(next(first.parameters()), next(other.parameters())) == (name == "logistic")
+
+
+def test_logistic_regression_is_binary_and_its_loss_the_textbooks() -> None:
+    model = build_model("logistic", (3,), 2, 0).double()
+    theta, x = torch.tensor([[1.0, -2.0, 0.5]]).double(), torch.randn(6, 3).double()
+    model.load_state_dict({"theta.weight": theta})
+    y = torch.tensor([0, 1, 1, 0, 1, 0])
+    expected = torch.log1p(torch.exp(-(2 * y - 1) * (x @ theta[0]))).mean()
+    torch.testing.assert_close(nn.functional.cross_entropy(model(x), y), expected)
+    with pytest.raises(ValueError, match="model='logistic' is for 2 classes, not 10; 'linear' takes any number"):
+        build_model("logistic", (3,), 10, 0)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +102,11 @@ def test_models_are_functions_of_their_seed_and_leave_the_generator_alone(name: 
         ("vit", (1, 8, 4), r"model='vit' takes images of at least 8 x 8, not inputs of shape \(1, 8, 4\)"),
         ("vit", (1, 10, 8), r"model='vit' .* multiples of 4, not inputs of shape \(1, 10, 8\)"),
         ("vit", (3, 8, 9), r"model='vit' .* multiples of 4, not inputs of shape \(3, 8, 9\)"),
-        ("char-lm", (16,), r"does not take features or images \(torch.float32\); .*: linear, mlp, .*, vit$"),
+        (
+            "char-lm",
+            (16,),
+            r"does not take features or images \(torch.float32\); .*: linear, logistic, mlp, .*, vit$",
+        ),
     ],
 )
 def test_a_model_that_cannot_take_the_inputs_says_so(name: str, shape: tuple[int, ...], message: str) -> None:
