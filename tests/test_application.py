@@ -41,27 +41,25 @@ def run(folder: Path, changes: Settings, nodes: int = 3) -> list[dict[str, float
 OF_SMALL_MODELS = ("fednl", "fedns", "giant", "fednew")
 """Their server has a matrix of all parameters; their clients take no local steps."""
 
-TUNED: dict[str, dict[str, object]] = {
-    "fedavg": {"learning-rate": 0.3},
-    "fedprox": {"learning-rate": 0.3},
-    "fedadam": {"learning-rate": 0.3, "adam-eta": 0.02},
-    "scaffold": {"learning-rate": 0.3},
-    "ltda": {"learning-rate": 0.3, "damping": 1.0},
-    "fedsophia": {"learning-rate": 0.003},
-}
-"""What the cnn needs to get anywhere in three rounds, where that is not learning-rate=0.1."""
+OWN = ("fedpm", "fedpm-corrected", "localnewton", "fedavg")
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_algorithm_learns(algorithm: str, tmp_path: Path) -> None:
-    settings = {"num-server-rounds": 3, "alpha": 10.0, "learning-rate": 0.1, **TUNED.get(algorithm, {})}
-    settings["algorithm"] = algorithm
-    if algorithm in OF_SMALL_MODELS:
-        settings |= {"model": "linear", "weight-decay": 0.01, "batch-size": 0}
-    rows = run(tmp_path, settings)
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("algorithm", OWN)
+def test_it_learns(algorithm: str, fraction: float, tmp_path: Path) -> None:
+    rate = 0.3 if algorithm == "fedavg" else 0.1
+    settings = {"algorithm": algorithm, "alpha": 10.0, "learning-rate": rate, "fraction-train": fraction}
+    rows = run(tmp_path, {**settings, "num-server-rounds": 3}, nodes=4)
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
-    assert all(row["clients"] == 3 for row in rows[1:])
+    assert all(row["clients"] == 4 * fraction for row in rows[1:])
     assert rows[-1]["test-loss"] < rows[0]["test-loss"] - 0.05
+
+
+def test_every_other_algorithm_has_a_file_of_tests_in_which_it_learns() -> None:
+    for algorithm in set(ALGORITHMS) - set(OWN):
+        text = (Path(__file__).parent / "rivals" / f"test_{algorithm}.py").read_text()
+        assert "learns" in text
+        assert algorithm in text
 
 
 def test_uplink_counts_models_and_curvature(tmp_path: Path) -> None:
