@@ -229,9 +229,11 @@ def plot(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Non
             method, steps = label.split(" K=")
             axes.semilogy(errors, styles.get(steps, "-."), color=colours[method], marker=".", label=label)
         axes.set(title=f"{name}, {CLIENTS[name]} clients", xlabel="round", ylim=(1e-16, 1e3))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("distance to the optimum")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    lines_by_label = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    figure.legend(lines_by_label.values(), lines_by_label.keys(), loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
