@@ -5,6 +5,7 @@ weights of the mixing, over all clients ever seen. Both are of that last time: a
 always belongs together, and costs no exchange of its own. docs/algorithm.md derives why.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .guarded import with_extra
 from .messages import ReplyError
 from .state import ClientState
 
+_log = logging.getLogger("flwr")
 CORRECTIONS = ("none", "control-variate", "fresh")
 VARIATE_ROUND = "variate-round"
 """In the request's config: the round whose cᵢ is in the c that goes with it; absent: none is."""
@@ -89,12 +91,12 @@ class Variates:
         ]
 
     def add(self, node: int, server_round: int, variate: Mapping[str, Tensor], weight: float) -> None:
-        """Write a client's new cᵢ to disk.
-
-        Raises:
-            OSError: the folder cannot be written to.
-        """
-        self._state(node).save(server_round, variate)
+        """Write a client's new cᵢ to disk; if that fails, its last one stands, and the log says so."""
+        try:
+            self._state(node).save(server_round, variate)
+        except OSError as error:
+            _log.warning("a control variate could not be written, the client's last one stands: %s", error)
+            return
         self._added[node] = server_round, weight
 
     def commit(self) -> None:

@@ -55,7 +55,7 @@ def client(job: Job) -> Message:
         stepped = _step_by_step(job, objective, gradient, addition)
     else:
         stepped = _all_or_none(job, objective, gradient, addition)
-    job.state.save(job.server_round, own)
+    job.keep(own)
     return job.reply(stepped, own)
 
 

@@ -1,5 +1,6 @@
 """A federated method: what its clients do with a training request, and the strategy of its server."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,8 @@ from .optim import SecondOrder
 from .optimizers import second_order
 from .state import ClientState
 from .training import Batches, Loss, fit
+
+_log = logging.getLogger("flwr")
 
 
 @dataclass
@@ -86,6 +89,13 @@ class Job:
         if messages.EXTRA not in self.request.content.config_records:
             return {}
         return {key: value.to(self.device) for key, value in messages.read_tensors(self.request.content).items()}
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep these tensors for later rounds; a disk that cannot take them costs the state, not the reply."""
+        try:
+            self.state.save(self.server_round, tensors)
+        except OSError as error:
+            _log.warning("client state could not be written, later rounds go on without it: %s", error)
 
     def train(self, optimizer: torch.optim.Optimizer, steps: int | None = None) -> bool:
         """Take the local steps (``training.fit``), note their metrics; whether loss and model stayed finite."""

@@ -32,9 +32,9 @@ def default_folder() -> Path:
 class ClientState:
     """Named tensors of one client in one run, by round: ``folder/run/client/round.safetensors``.
 
-    Files appear whole or not at all. The last two rounds of a client are kept, and the last eight runs
-    of a folder. A file that cannot be read, or is of another version, is as if it were not there: the
-    methods that keep state go on without it, and the log says so.
+    Files appear whole or not at all. The last two rounds of a client are kept, and of a folder the
+    eight runs that were used last. A file that cannot be read, or is of another version, is as if it
+    were not there: the methods that keep state go on without it, and the log says so.
 
     Args:
         folder: of all runs; None: ``default_folder()``.
@@ -62,6 +62,7 @@ class ClientState:
         if not self._runs.exists():
             self._forget_old_runs()
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.utime(self._runs)  # used just now: not the first to be forgotten
         metadata = {"format": _FORMAT, "version": _VERSION, "round": str(number)}
         handle, part = tempfile.mkstemp(dir=self._folder, suffix=".part")
         os.close(handle)
@@ -103,6 +104,13 @@ class ClientState:
         return self._folder / f"{number}{_SUFFIX}"
 
     def _forget_old_runs(self) -> None:
-        runs = sorted(self._root.glob("*/"), key=lambda path: path.stat().st_mtime)
+        runs = sorted(self._root.glob("*/"), key=_last_used)
         for old in runs[: max(len(runs) - _KEPT_RUNS + 1, 0)]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _last_used(run: Path) -> float:
+    try:
+        return run.stat().st_mtime
+    except OSError:  # another client's process has just removed it
+        return 0.0

@@ -363,6 +363,24 @@ def test_a_damaged_file_of_the_server_costs_that_client_alone(tmp_path: Path) ->
     assert float(variates.mean()["w"]) == pytest.approx((1 + 3 + 8) / 3)
 
 
+def test_a_full_disk_costs_the_correction_and_not_the_run(
+    optimum: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Clients that cannot keep cᵢ step uncorrected; so do all, if the server cannot."""
+
+    def full(*arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("fedpm_flwr.state.save_file", full)
+    with caplog.at_level(logging.WARNING, "flwr"):
+        theta, _ = run(BASE, tmp_path / "corrected", 3)
+    assert "client state could not be written, later rounds go on without it: no space left" in caplog.text
+    assert "a control variate could not be written, the client's last one stands: no space left" in caplog.text
+    plain, _ = run(replace(BASE, algorithm="fedpm"), tmp_path / "plain", 3)
+    torch.testing.assert_close(theta, plain, rtol=1e-12, atol=1e-12)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_weighted_mean_counts_what_is_missing_as_zero() -> None:
     mean = weighted_mean(
         [(1.0, {"a": torch.tensor(4.0), "b": torch.tensor(2.0)}), (3.0, {"a": torch.tensor(8.0)})]

@@ -38,6 +38,14 @@ def test_the_last_two_rounds_and_the_last_eight_runs_are_kept(tmp_path: Path) ->
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_the_run_that_was_used_last_is_not_forgotten(tmp_path: Path) -> None:
+    long = ClientState(tmp_path, "long", "a")
+    for number in range(12):
+        long.save(number, one(number))
+        ClientState(tmp_path, f"short-{number}", "a").save(1, one(1.0))
+    assert torch.equal(long.load()["c"], one(11.0)["c"])
+
+
 def test_tensors_that_share_memory_are_kept(tmp_path: Path) -> None:
     whole = torch.arange(6.0)
     state = ClientState(tmp_path, "run", "a")

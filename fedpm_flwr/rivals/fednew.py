@@ -134,7 +134,7 @@ def _client(job: Job) -> Message:
     state = {_DUAL: dual, DIRECTION: direction}
     if job.config.fednew_refresh != 1:
         state |= {_HESSIAN: hessian, _MEASURED: torch.tensor(measured)}
-    job.state.save(job.server_round, state)
+    job.keep(state)
     job.metrics |= {DAMPING: used, LOST: int(lost)}
     return job.reply_tensors({DIRECTION: direction})
 

@@ -64,7 +64,7 @@ def client(job: Job) -> Message:
     known = job.state.load(counted).get(_HESSIAN) if counted else None
     extra = {GRADIENT: objective.gradient()}
     if known is None and job.config.initial_hessian == "exact":
-        job.state.save(job.server_round, {_HESSIAN: hessian})
+        job.keep({_HESSIAN: hessian})
         return job.reply(extra=extra | {START: lower_triangle(hessian)})
     if known is None:
         counted, known = 0, torch.zeros_like(hessian)
@@ -73,7 +73,7 @@ def client(job: Job) -> Message:
     # Restored from what travels, on the CPU: the same Hᵢ as the server's.
     sent = {key: part.cpu() for key, part in compressor.compress(difference, job.config.compressor_size).items()}
     learned = compressor.restore(sent, len(hessian))
-    job.state.save(job.server_round, {_HESSIAN: known.cpu() + job.config.hessian_learning_rate * learned})
+    job.keep({_HESSIAN: known.cpu() + job.config.hessian_learning_rate * learned})
     base = hessian.new_tensor([counted])
     return job.reply(extra=extra | sent | {BASE: base, ERROR: difference.norm().reshape(1)})
 

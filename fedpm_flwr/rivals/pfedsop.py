@@ -73,7 +73,7 @@ def client(job: Job) -> Message:
         drift = objective.theta - x
         objective.move_to(x)
         own_state = {_MODEL + key: value for key, value in job.model.state_dict().items()}
-        job.state.save(job.server_round, {**own_state, _UPDATE: -drift / config.learning_rate})
+        job.keep({**own_state, _UPDATE: -drift / config.learning_rate})
         job.metrics |= _measured(job)
         objective.move_to(theta + drift)
     return job.reply()

@@ -176,7 +176,7 @@ def client(job: Job) -> Message:
         key: own[key] - c[key] + (theta[key] - p.detach()) / length if _has_variate(p) else zeros[key]
         for key, p in arrays.items()
     }
-    job.state.save(job.server_round, new)
+    job.keep(new)
     return job.reply(optimizer, {key: new[key] - own[key] for key in new})
 
 
