@@ -19,6 +19,8 @@ _FORMAT, _VERSION = "fedpm-flwr client state", "1"
 _KEPT_ROUNDS = 2
 """The newest, and the one before it, which the server still counts on if the newest reply was lost."""
 _KEPT_RUNS = 8
+_MARK = ".fedpm-flwr-run"
+"""An empty file in each run's folder."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SUFFIX = ".safetensors"
 _log = logging.getLogger("flwr")
@@ -62,6 +64,7 @@ class ClientState:
         if not self._runs.exists():
             self._forget_old_runs()
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (self._runs / _MARK).touch()
         os.utime(self._runs)  # used just now: not the first to be forgotten
         metadata = {"format": _FORMAT, "version": _VERSION, "round": str(number)}
         handle, part = tempfile.mkstemp(dir=self._folder, suffix=".part")
@@ -104,7 +107,9 @@ class ClientState:
         return self._folder / f"{number}{_SUFFIX}"
 
     def _forget_old_runs(self) -> None:
-        runs = sorted(self._root.glob("*/"), key=_last_used)
+        # The folder may be anybody's, and hold anything: only what carries our mark is ours to delete.
+        marked = [mark.parent for mark in self._root.glob(f"*/{_MARK}")]
+        runs = sorted((run for run in marked if not run.is_symlink()), key=_last_used)
         for old in runs[: max(len(runs) - _KEPT_RUNS + 1, 0)]:
             shutil.rmtree(old, ignore_errors=True)
 

@@ -38,6 +38,22 @@ def test_the_last_two_rounds_and_the_last_eight_runs_are_kept(tmp_path: Path) ->
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_what_is_not_ours_is_never_deleted(tmp_path: Path) -> None:
+    """The folder may be one that holds other things too, or lead elsewhere."""
+    elsewhere = tmp_path / "elsewhere"
+    ClientState(elsewhere, "run", "a").save(1, one(1.0))
+    root = tmp_path / "root"
+    for number in range(12):
+        (root / f"precious-{number}").mkdir(parents=True)
+        (root / f"precious-{number}" / "thesis.tex").write_text("years of work")
+    (root / "link").symlink_to(elsewhere / "run")
+    for run in range(12):
+        ClientState(root, f"run-{run}", "a").save(1, one(1.0))
+    assert len(list(root.glob("precious-*/thesis.tex"))) == 12
+    assert len(list(root.glob("run-*"))) == 8
+    assert torch.equal(ClientState(elsewhere, "run", "a").load()["c"], one(1.0)["c"])
+
+
 def test_the_run_that_was_used_last_is_not_forgotten(tmp_path: Path) -> None:
     long = ClientState(tmp_path, "long", "a")
     for number in range(12):
