@@ -36,8 +36,8 @@ def evaluate_global_model(message: Message, context: Context) -> Message:
     device = pick_device(config.device)
     further = get_algorithm(config.algorithm).evaluate
     with reproducible(config.seed, config.threads, device):
-        job = _job(config, message, context, device)
-        loss, accuracy = evaluate(job.model, job.batches, job.loss, device)
+        job = _job(config, message, context, device, config.seed)
+        loss, accuracy = evaluate(job.model, job.whole, job.loss, device)
         metrics = {**job.metrics, "client-loss": loss, "client-accuracy": accuracy}
         return messages.metrics_reply(message, metrics | (further(job) if further else {}))
 
@@ -48,21 +48,22 @@ def partition(message: Message, context: Context) -> Message:
     return messages.partition_reply(message, context)
 
 
-def _job(config: Config, message: Message, context: Context, device: torch.device, seed: int | None = None) -> Job:
-    """The request with what it takes to answer it; without a seed, examples as they lie and unchanged."""
+def _job(config: Config, message: Message, context: Context, device: torch.device, seed: int) -> Job:
+    """The request with what it takes to answer it."""
     partition, partitions = messages.partition_of(context)
-    data = client_data(config, partition, partitions, augment=config.augment and seed is not None)
-    batches = loader(data, config.batch_size, seed)
+    data = client_data(config, partition, partitions)
+    batches = loader(client_data(config, partition, partitions, augment=config.augment), config.batch_size, seed)
     return Job(
         config=config,
         request=message,
         model=_global_model(config, message).to(device),
         batches=batches,
+        whole=loader(data, config.batch_size),
         examples=len(data),
         steps_an_epoch=len(batches),
         loss=F.cross_entropy,
         device=device,
-        seed=config.seed if seed is None else seed,
+        seed=seed,
         state=_state(config, message, partition),
     )
 

@@ -6,7 +6,7 @@ always belongs together, and costs no exchange of its own. docs/algorithm.md der
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ GRADIENT = "gradient"
 
 
 def pair(request: Message, state: ClientState, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """c − cᵢ by parameter name; empty if this client has to step uncorrected.
+    """c − cᵢ by parameter name, where ``gradient`` is; empty if this client has to step uncorrected.
 
     That is so where the server has no cᵢ of this client, or one that the client itself no longer has.
     ``gradient`` is ∇fᵢ(θ), which is cᵢ where the request's c is of this very round.
@@ -40,7 +40,8 @@ def pair(request: Message, state: ClientState, gradient: Mapping[str, Tensor]) -
     if not own:
         return {}
     common = messages.read_tensors(request.content)
-    return {name: common[name] - own[name] for name in own if name in common}
+    here = {name: value for name, value in gradient.items() if name in own and name in common}
+    return {name: common[name].to(value) - own[name].to(value) for name, value in here.items()}
 
 
 def read_variate(reply: Message, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -57,7 +58,7 @@ def read_variate(reply: Message, shapes: Mapping[str, Sequence[int]]) -> dict[st
 
 
 class Variates:
-    """The server's side: every client's newest cᵢ on disk, and Σ wᵢcᵢ.
+    """The server's side: every client's newest cᵢ, on disk.
 
     What a round brings is taken by ``add`` and counts from ``commit`` on: if the round fails, the clients'
     cᵢ of the round before still stand, here and there.
@@ -70,13 +71,25 @@ class Variates:
     def __init__(self, folder: Path | None, run: str) -> None:
         self._folder, self.run = folder, run
         self._newest: dict[int, tuple[int, float]] = {}  # by node: round and weight
-        self._sum: dict[str, Tensor] = {}  # Σ wᵢcᵢ, not yet divided by Σ wᵢ
         self._added: dict[int, tuple[int, float]] = {}
 
     def mean(self) -> dict[str, Tensor]:
-        """c = Σ wᵢcᵢ / Σ wᵢ, by parameter name; empty: no client has been seen."""
-        total = sum(weight for _, weight in self._newest.values())
-        return {key: value / total for key, value in self._sum.items()}
+        """c = Σ wᵢcᵢ / Σ wᵢ, by parameter name; empty: no client has been seen.
+
+        Summed anew from disk: a sum that is kept by adding and subtracting would keep the rounding errors
+        of a huge cᵢ for ever, long after the client has sent another. A client whose file cannot be read
+        is as if it had not been seen.
+        """
+        return weighted_mean(self._readable())
+
+    def _readable(self) -> Iterator[tuple[float, dict[str, Tensor]]]:
+        """wᵢ and cᵢ, one after another: all of them together may be more than fits in memory."""
+        for node, (number, weight) in list(self._newest.items()):
+            variate = self._state(node).load(number)
+            if variate:
+                yield weight, variate
+            else:
+                del self._newest[node]
 
     def requests(self, requests: Iterable[Message], dtypes: Mapping[str, torch.dtype]) -> list[Message]:
         """The requests with c in the model's dtypes, and the round of the cᵢ that it counts for each node."""
@@ -101,24 +114,8 @@ class Variates:
 
     def commit(self) -> None:
         """Let the cᵢ that were added replace those before them."""
-        lost = False
-        for node, (_, weight) in ((n, self._newest[n]) for n in self._added if n in self._newest):
-            lost = not self._include(node, self._newest[node][0], -weight) or lost
-        for node, (number, weight) in self._added.items():
-            self._newest[node] = number, weight
-            lost = not self._include(node, number, weight) or lost
+        self._newest |= self._added
         self._added = {}
-        if lost:  # what cannot be read cannot be subtracted: the sum anew, of those that can be
-            self._sum = {}
-            self._newest = {n: held for n, held in self._newest.items() if self._include(n, *held)}
-
-    def _include(self, node: int, number: int, weight: float) -> bool:
-        """Add w cᵢ to the sum; whether it could be read."""
-        variate = self._state(node).load(number)
-        for key, value in variate.items():
-            term = weight * value.double()
-            self._sum[key] = self._sum[key] + term if key in self._sum else term
-        return bool(variate)
 
     def _state(self, node: int) -> ClientState:
         return ClientState(self._folder, self.run, f"server-{node}")
@@ -131,12 +128,12 @@ def as_record(common: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -
     )
 
 
-def weighted_mean(gradients: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
-    """c = Σ wᵢcᵢ / Σ wᵢ; a parameter that a client lacks counts as zeros there."""
-    total = sum(weight for weight, _ in gradients)
-    mean: dict[str, Tensor] = {}
+def weighted_mean(gradients: Iterable[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """c = Σ wᵢcᵢ / Σ wᵢ in float64; a parameter that a client lacks counts as zeros there."""
+    total, summed = 0.0, dict[str, Tensor]()
     for weight, gradient in gradients:
+        total += weight
         for key, value in gradient.items():
-            term = weight / total * value.double()
-            mean[key] = mean[key] + term if key in mean else term
-    return mean
+            term = weight * value.double()
+            summed[key] = summed[key] + term if key in summed else term
+    return {key: value / total for key, value in summed.items()}

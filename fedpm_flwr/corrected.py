@@ -44,7 +44,7 @@ def client(job: Job) -> Message:
     """Answer a training request, or the request for ∇fᵢ(θ) that comes before it."""
     # Of what the optimizer steps by: decoupled weight decay is no part of the gradient.
     decay = 0.0 if job.config.decoupled_weight_decay else job.config.weight_decay
-    objective = Objective(job.model, job.batches, job.loss, decay, job.device)
+    objective = Objective(job.model, job.whole, job.loss, decay, job.device)
     gradient = objective.gradient()
     own = objective.by_name(gradient)
     if job.phase == variates.GRADIENT:
@@ -90,6 +90,7 @@ def _all_or_none(job: Job, objective: Objective, gradient: Tensor, addition: dic
         if _trains(job, optimizer) and (objective.gradient() + added).norm() <= (gradient + added).norm():
             job.metrics[CORRECTED] = job.metrics["local-steps"]
             return Stepped(optimizer.preconditioners())
+        optimizer.detach()
         job.model.load_state_dict(state)
         job.metrics = metrics
     optimizer = _optimizer(job, {})

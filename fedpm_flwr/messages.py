@@ -46,6 +46,8 @@ DIVERGED = "diverged"
 _LARGEST_WHOLE = 2**53
 """Up to here a float64 tells whole numbers apart."""
 _LEAST_WEIGHT = 1e-12
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What torch can compute with: of the types of 8 bits it cannot even tell whether they are finite."""
 _WIDE = 1e30
 """What float32, bfloat16 and float64 reach, and float16 does not."""
 _HEADROOM = 16.0
@@ -131,7 +133,7 @@ def read_tensors(
     for key, tensor in tensors.items():
         if shapes is not None and list(tensor.shape) != list(shapes[key]):
             raise ReplyError(f"its {record!r} tensor {key!r} is {list(tensor.shape)}, not {list(shapes[key])}")
-        if not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
+        if not (tensor.dtype in _FLOATS and torch.isfinite(tensor).all()):
             raise ReplyError(f"its {record!r} tensor {key!r} is not finite floating-point numbers")
         # As of a model's arrays: with one such number the sum of all clients' is of no use any more.
         _, largest = _range(tensor.dtype)

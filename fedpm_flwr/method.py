@@ -29,7 +29,8 @@ class Job:
         config: the run's settings.
         request: as it came.
         model: with the global model θ loaded, on the device.
-        batches: the client's examples, in this round's order.
+        batches: the client's examples, in this round's order, and each pass in another; augmented, if asked for.
+        whole: the same examples in batches as they lie, always the same: what objectives and tests are of.
         examples: nᵢ, how many.
         steps_an_epoch: batches in a pass over them.
         loss: the mean over a batch.
@@ -42,6 +43,7 @@ class Job:
     request: Message
     model: nn.Module
     batches: Batches
+    whole: Batches
     examples: int
     steps_an_epoch: int
     loss: Loss
@@ -77,7 +79,7 @@ class Job:
     @property
     def objective(self) -> Objective:
         """f of all the client's examples, weight decay included, at the model's parameters."""
-        return Objective(self.model, self.batches, self.loss, self.config.weight_decay, self.device)
+        return Objective(self.model, self.whole, self.loss, self.config.weight_decay, self.device)
 
     def second_order(self, optimizer: str | None = None) -> SecondOrder:
         """The optimizer of this name, by default the one that the setting ``optimizer`` names."""

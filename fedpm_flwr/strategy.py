@@ -181,7 +181,7 @@ class FedPM(Guarded):
 
         replies = self.ask(server_round, grid, requests, GRADIENT, {})
         told = {reply.metadata.src_node_id: made for reply, made in self.usable(server_round, replies, read)}
-        common = weighted_mean(list(told.values()))
+        common = weighted_mean(told.values())
         usable = [request for request in requests if request.metadata.dst_node_id in told]
         record = as_record(common, self._dtypes())
         return [with_extra(request, record, {VARIATE_ROUND: server_round}) for request in usable]

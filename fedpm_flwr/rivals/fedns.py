@@ -84,7 +84,7 @@ def client(job: Job) -> Message:
     check_side(len(objective.theta), job.config.max_factor_side)
     check_whole(job.model, len(objective.theta))
     job.model.eval()  # as the objective: nothing is drawn at random, no running statistics change
-    root = gauss_newton_root(job.model, job.batches, job.loss, job.device)
+    root = gauss_newton_root(job.model, job.whole, job.loss, job.device)
     if len(root) > job.config.sketch_size:
         generator = torch.Generator().manual_seed(job.seed)
         root = SKETCHES[job.config.sketch](root, job.config.sketch_size, generator)

@@ -88,7 +88,7 @@ def evaluate_personal(job: Job) -> dict[str, float]:
 
 
 def _measured(job: Job) -> dict[str, float]:
-    loss, accuracy = evaluate(job.model, job.batches, job.loss, job.device)
+    loss, accuracy = evaluate(job.model, job.whole, job.loss, job.device)
     return {"personal-loss": loss, "personal-accuracy": accuracy}
 
 
