@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,7 +52,7 @@ class ClientState:
         for what, name in (("run", run), ("client", client)):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{what} name {name!r:.80} is not allowed; allowed: 1 to 64 of A-Z a-z 0-9 _ -")
-        self._root = folder or default_folder()
+        self._is_default, self._root = folder is None, folder or default_folder()
         self._runs = self._root / run
         self._folder = self._runs / client
 
@@ -59,8 +60,10 @@ class ClientState:
         """Keep these tensors as the state after round ``number``.
 
         Raises:
-            OSError: the folder cannot be written to.
+            OSError: the folder cannot be written to; or the default one is another user's, who has made it first.
         """
+        if self._is_default:
+            _make_private(self._root)
         if not self._runs.exists():
             self._forget_old_runs()
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -72,8 +75,10 @@ class ClientState:
         try:
             save_file(own_copies(tensors), part, metadata)
             os.replace(part, self._path(number))
-        except BaseException:
+        except BaseException as error:
             Path(part).unlink(missing_ok=True)
+            if isinstance(error, SafetensorError):  # what it makes of a full disk
+                raise OSError(f"{part}: {error}") from error
             raise
         for old in self.rounds()[:-_KEPT_ROUNDS]:
             self._path(old).unlink(missing_ok=True)
@@ -112,6 +117,15 @@ class ClientState:
         runs = sorted((run for run in marked if not run.is_symlink()), key=_last_used)
         for old in runs[: max(len(runs) - _KEPT_RUNS + 1, 0)]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_private(folder: Path) -> None:
+    """In a place that all may write to, such as /tmp, a folder that is ours alone."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "getuid") and found.st_uid != os.getuid()):
+        raise OSError(f"{folder} is not a folder of this user's own; state-folder names another")
+    folder.chmod(0o700)
 
 
 def _last_used(run: Path) -> float:

@@ -1,6 +1,8 @@
 """What a client keeps: whole files, few of them, and none that is believed without being read."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,38 @@ def test_the_default_folder_is_the_users_own_in_the_temporary_folder(
     assert default_folder().parent == tmp_path
     ClientState(None, "run", "a").save(1, one(1.0))
     assert len(list(default_folder().rglob("*.safetensors"))) == 1
+    assert default_folder().stat().st_mode & 0o777 == 0o700
+
+
+def test_a_default_folder_that_leads_elsewhere_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another user may have made it, where all may write."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    default_folder().symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="is not a folder of this user's own; state-folder names another"):
+        ClientState(None, "run", "a").save(1, one(1.0))
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_really_full_disk_is_an_os_error(tmp_path: Path) -> None:
+    """In a process that may write no file of more than 4 KB."""
+    code = """
+import resource, signal, sys, torch
+from pathlib import Path
+from fedpm_flwr.state import ClientState
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+state = ClientState(Path(sys.argv[1]), "run", "a")
+state.save(1, {"c": torch.zeros(9)})
+try:
+    state.save(2, {"c": torch.zeros(9999)})
+except OSError as error:
+    print("told:", error)
+print(state.rounds())
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
+    ).stdout
+    assert told.startswith("told: ")
+    assert told.splitlines()[-1] == "[1]"
+    assert not list(tmp_path.rglob("*.part"))
