@@ -8,42 +8,26 @@ With ½(xθ − y)²:
 All start from θ = 0. Clients weighed by examples count ¼ and ¾.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
 
-import client_app
-import server_app
 from fedpm_flwr import messages
 from fedpm_flwr.algorithms import get_algorithm
 from fedpm_flwr.config import Config
 from fedpm_flwr.guarded import Guarded
-from fedpm_flwr.inline import run_inline
 from fedpm_flwr.method import Job, Method
-from fedpm_flwr.reproducible import PartitionOrderedGrid
-from fedpm_flwr.state import ClientState
-from fedpm_flwr.training import Loss, derive_seed
+from fedpm_flwr.training import Loss
 
 from ..apps import Data, federate, half_squared_error
-
-Spoil = Callable[[Job, int, Message], Message | None]
-"""Sees each reply with its job and partition; may change it, put another in its place, or raise."""
-Examples = tuple[Tensor, Tensor]
-Client = Callable[[Message, Context], Message]
-Row = dict[str, float]
-
-
-def untouched(job: Job, partition: int, reply: Message) -> None: ...
+from ..jobs import Examples, Spoil, app_of, ordered, untouched
 
 
 def two_quadratics(partition: int) -> Examples:
@@ -86,60 +70,6 @@ def make_linear(*weights: float) -> Callable[[], nn.Module]:
 scalar = make_linear(0.0)
 
 
-def app_of(
-    method: Method,
-    config: Config,
-    folder: Path,
-    *,
-    data: Data = two_quadratics,
-    make_model: Callable[[], nn.Module] = scalar,
-    loss: Loss = half_squared_error,
-    spoil: Spoil = untouched,
-) -> ClientApp:
-    """The method's client, on all its data in each step; its state is under ``folder``."""
-    app = ClientApp()
-
-    def job_of(message: Message, partition: int) -> Job:
-        batch, model = data(partition), make_model()
-        model.load_state_dict(message.content.array_records[messages.ARRAYS].to_torch_state_dict())
-        run = messages.asked(message, messages.EXPERIMENT)
-        assert run
-        return Job(
-            config=config,
-            request=message,
-            model=model,
-            batches=[batch],
-            examples=len(batch[0]),
-            steps_an_epoch=1,
-            loss=loss,
-            device=torch.device("cpu"),
-            seed=derive_seed(config.seed, messages.server_round_of(message), partition),
-            state=ClientState(folder, run, f"partition-{partition}"),
-        )
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        partition = messages.partition_of(context)[0]
-        job = job_of(message, partition)
-        reply = method.client(job)
-        return spoil(job, partition, reply) or reply
-
-    @app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        job = job_of(message, messages.partition_of(context)[0])
-        return messages.metrics_reply(message, job.metrics | (method.evaluate(job) if method.evaluate else {}))
-
-    @app.query(messages.PARTITION_ACTION)
-    def partition(message: Message, context: Context) -> Message:
-        return messages.partition_reply(message, context)
-
-    return app
-
-
-def ordered(grid: Grid) -> Grid:
-    return PartitionOrderedGrid(grid, 0)
-
-
 def theta_after(
     method: Method,
     config: Config,
@@ -152,7 +82,7 @@ def theta_after(
     spoil: Spoil = untouched,
 ) -> float:
     """θ after so many rounds through the method's own strategy."""
-    app = app_of(method, config, folder, data=data, spoil=spoil)
+    app = app_of(method, config, folder, data=data, make_model=scalar, loss=half_squared_error, spoil=spoil)
     result = federate(app, method.strategy(config), make_linear(start)(), nodes, rounds, ordered)
     (weight,) = result.arrays.to_torch_state_dict().values()
     assert weight.dtype == torch.float64
@@ -170,7 +100,15 @@ def train(
     """θ [d] after these rounds from θ = 0, and all that Flower says; ``settings`` are Config's."""
     config = Config(**{"dtype": "float64", "min_available_nodes": 1, **settings})
     make_model = make_linear(*[0.0] * data[0][0].shape[1])
-    app = app_of(method, config, folder, data=lambda i: data[i], make_model=make_model, spoil=spoil)
+    app = app_of(
+        method,
+        config,
+        folder,
+        data=data.__getitem__,
+        make_model=make_model,
+        loss=half_squared_error,
+        spoil=spoil,
+    )
     model = make_model()
     result = federate(app, method.strategy(config), model, len(data), rounds, ordered)
     state = result.arrays.to_torch_state_dict() if result.arrays else model.state_dict()
@@ -330,21 +268,3 @@ def spoiling(name: str, kind: int, which: Callable[[Job, int], bool], said: list
         return Message(content, reply_to=job.request)
 
     return spoil
-
-
-def digits(folder: Path, settings: Mapping[str, object], client: Client = client_app.app) -> list[Row]:
-    """The rows of a short run of the application on digits, by four nodes."""
-    given = {"num-server-rounds": 3, "alpha": 10.0, "model": "mlp", "output": str(folder), **settings}
-    config = Config.from_run_config({**given, "state-folder": str(folder / "state")})
-    # all that it does with a client is to call it
-    run_inline(server_app.app, client, 4, config.to_run_config())  # type: ignore[arg-type]
-    rows: list[Row] = json.loads((folder / "metrics.json").read_text())
-    return rows
-
-
-def check_learns(folder: Path, settings: Mapping[str, object]) -> None:
-    """The test loss falls in three rounds of all four clients, and in three of two of them."""
-    for name, fraction in (("all", 1.0), ("half", 0.5)):
-        rows = digits(folder / name, {**settings, "fraction-train": fraction})
-        assert [row["clients"] for row in rows[1:]] == [4 * fraction] * 3
-        assert rows[-1]["test-loss"] < rows[0]["test-loss"] - 0.02

@@ -11,7 +11,8 @@ from fedpm_flwr.config import Config
 from fedpm_flwr.method import Job
 from fedpm_flwr.rivals.fedadam import METHOD
 
-from .quadratic import BROKEN, broken_arrays, check_learns, check_left_out, theta_after
+from .application import check_learns
+from .quadratic import BROKEN, broken_arrays, check_left_out, theta_after
 
 CONFIG = Config(
     learning_rate=0.1, local_steps=1, adam_eta=0.15, adam_beta_1=0.5, adam_beta_2=0.75, adam_tau=0.0375

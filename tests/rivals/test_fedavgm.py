@@ -11,7 +11,8 @@ from fedpm_flwr.method import Job
 from fedpm_flwr.rivals import fedavg
 from fedpm_flwr.rivals.fedavgm import METHOD
 
-from .quadratic import BROKEN, broken_arrays, check_learns, check_left_out, theta_after
+from .application import check_learns
+from .quadratic import BROKEN, broken_arrays, check_left_out, theta_after
 
 CONFIG = Config(learning_rate=0.1, local_steps=1, server_momentum=0.5, server_learning_rate=2.0)
 

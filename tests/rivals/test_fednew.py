@@ -15,9 +15,10 @@ from fedpm_flwr.config import Config
 from fedpm_flwr.method import Job
 from fedpm_flwr.rivals.fednew import COUNTED, METHOD, VOID
 
-from ..apps import federate
+from ..apps import federate, half_squared_error
+from ..jobs import app_of, ordered
 from ..test_application import run
-from .quadratic import BAD, app_of, make_linear, optimum, ordered, random_rows, rows, spoiling, train
+from .quadratic import BAD, make_linear, optimum, random_rows, rows, spoiling, train
 
 ONE_AND_THREE = [rows([[1.0]], [4.0]), rows([[2.0]], [0.0], times=3)]
 """f₀ = ½(w − 4)² of one example, f₁ = ½(2w)² of three: H = 1 and 4, w₀ = ¼, w₁ = ¾."""
@@ -131,7 +132,10 @@ def test_a_bad_reply_is_left_out_and_changes_no_dual(
 def test_a_failed_round_changes_no_dual(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     watched = Watched()
     bad = spoiling("direction", 1, lambda job, partition: job.server_round == 2 and partition > 0, [])
-    spoil = lambda job, i, reply: bad(job, i, watched(job, i, reply))  # noqa: E731
+
+    def spoil(job: Job, partition: int, reply: Message) -> Message | None:
+        return bad(job, partition, watched(job, partition, reply))
+
     weights, _ = train(METHOD, UNEQUAL, tmp_path, rounds=3, spoil=spoil, min_replies=2)
     assert "1 usable replies, but min-replies is 2" in caplog.text
     assert all(torch.equal(states[3]["dual"], states[2]["dual"]) for states in watched.states.values())
@@ -164,7 +168,14 @@ def test_a_lost_state_is_survived_and_all_duals_start_anew(tmp_path: Path) -> No
 def test_a_second_run_of_a_strategy_starts_anew(tmp_path: Path) -> None:
     config = Config(dtype="float64")
     app, strategy, model = (
-        app_of(METHOD, config, tmp_path, data=lambda i: UNEQUAL[i], make_model=make_linear(0.0, 0.0)),
+        app_of(
+            METHOD,
+            config,
+            tmp_path,
+            data=UNEQUAL.__getitem__,
+            make_model=make_linear(0.0, 0.0),
+            loss=half_squared_error,
+        ),
         METHOD.strategy(config),
         make_linear(0.0, 0.0)(),
     )

@@ -19,7 +19,8 @@ from fedpm_flwr.inline import run_inline
 from fedpm_flwr.method import Job
 from fedpm_flwr.rivals.fedpac import METHOD, MeanPreconditioner, correct_updates
 
-from .quadratic import BROKEN, Spoil, broken_arrays, rows, theta_after, untouched
+from ..jobs import Spoil, untouched
+from .quadratic import BROKEN, broken_arrays, rows, theta_after
 
 CONFIG = Config(
     algorithm="fedpac",

@@ -10,7 +10,8 @@ from fedpm_flwr.config import Config
 from fedpm_flwr.rivals import fedavg
 from fedpm_flwr.rivals.fedprox import METHOD
 
-from .quadratic import BROKEN, broken_arrays, check_learns, check_left_out, digits, theta_after
+from .application import check_learns, digits
+from .quadratic import BROKEN, broken_arrays, check_left_out, theta_after
 
 CONFIG = Config(learning_rate=0.1, local_steps=2, proximal_mu=1.0)
 

@@ -17,7 +17,9 @@ from fedpm_flwr.training import derive_seed
 
 from ..apps import federate
 from ..helpers import relative_error
-from .quadratic import BROKEN, app_of, broken_arrays, check_learns, check_left_out, ordered, theta_after
+from ..jobs import app_of, ordered
+from .application import check_learns
+from .quadratic import BROKEN, broken_arrays, check_left_out, theta_after
 
 CONFIG = Config(learning_rate=0.1, local_steps=1)
 BETA_1, BETA_2 = 0.965, 0.99

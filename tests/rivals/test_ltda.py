@@ -10,7 +10,8 @@ from fedpm_flwr.config import Config
 from fedpm_flwr.rivals import localnewton
 from fedpm_flwr.rivals.ltda import METHOD
 
-from .quadratic import BROKEN, broken_arrays, check_learns, check_left_out, theta_after
+from .application import check_learns
+from .quadratic import BROKEN, broken_arrays, check_left_out, theta_after
 
 CONFIG = Config(learning_rate=0.5, local_steps=1, damping=1.0)
 

@@ -18,8 +18,9 @@ from fedpm_flwr.inline import run_inline
 from fedpm_flwr.method import Job
 from fedpm_flwr.rivals.pfedsop import METHOD, collaboration, rank_one_newton
 
-from ..apps import federate
-from .quadratic import BROKEN, Examples, Spoil, app_of, broken_arrays, make_linear, rows, theta_after, untouched
+from ..apps import federate, half_squared_error
+from ..jobs import Examples, Spoil, app_of, untouched
+from .quadratic import BROKEN, broken_arrays, make_linear, rows, scalar, theta_after
 
 CONFIG = Config(
     algorithm="pfedsop",
@@ -129,7 +130,7 @@ def test_a_client_that_diverges_keeps_what_it_had(tmp_path: Path) -> None:
 def test_the_personal_models_are_evaluated(tmp_path: Path) -> None:
     """Equal clients: after round 1 x = 4, after round 2 x = 3, and their loss ½x² is told."""
     config = Config(**{**vars(CONFIG), "fraction_evaluate": 1.0})
-    app = app_of(METHOD, config, tmp_path, data=equal)
+    app = app_of(METHOD, config, tmp_path, data=equal, make_model=scalar, loss=half_squared_error)
     result = federate(app, METHOD.strategy(config), make_linear(START)(), 2, rounds=2)
     told = [result.evaluate_metrics_clientapp[number]["personal-loss"] for number in (1, 2)]
     trained = [result.train_metrics_clientapp[number]["personal-loss"] for number in (1, 2)]

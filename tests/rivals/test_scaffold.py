@@ -16,7 +16,8 @@ from fedpm_flwr.method import Job
 from fedpm_flwr.rivals import fedavg
 from fedpm_flwr.rivals.scaffold import METHOD
 
-from .quadratic import BROKEN, broken_arrays, check_learns, check_left_out, digits, theta_after, two_quadratics
+from .application import check_learns, digits
+from .quadratic import BROKEN, broken_arrays, check_left_out, theta_after, two_quadratics
 
 CONFIG = Config(learning_rate=0.1, local_steps=2, weighting="uniform")
 OPTIMUM = {"uniform": -3 / 5, "num-examples": -11 / 13}
