@@ -275,7 +275,7 @@ def _step(
     loss = F.cross_entropy(outputs, targets)
     if hasattr(optimizer, "measure"):
         optimizer.measure(loss, outputs)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+    loss.backward()
     optimizer.step()
     _wait_for(images)
     return time.perf_counter() - started

@@ -15,15 +15,13 @@ from torch import Tensor
 
 from . import messages
 from .guarded import with_extra
-from .messages import ReplyError
+from .replies import ReplyError, read_tensors
 from .state import ClientState
 
 _log = logging.getLogger("flwr")
 CORRECTIONS = ("none", "control-variate", "fresh")
 VARIATE_ROUND = "variate-round"
 """In the request's config: the round whose cᵢ is in the c that goes with it; absent: none is."""
-GRADIENT = "gradient"
-"""The first of two exchanges of a round: clients send ∇fᵢ(θ), for a pair of this very round."""
 
 
 def pair(request: Message, state: ClientState, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -39,7 +37,7 @@ def pair(request: Message, state: ClientState, gradient: Mapping[str, Tensor]) -
     own = gradient if fresh else state.load(int(asked))
     if not own:
         return {}
-    common = messages.read_tensors(request.content)
+    common = read_tensors(request.content)
     here = {name: value for name, value in gradient.items() if name in own and name in common}
     return {name: common[name].to(value) - own[name].to(value) for name, value in here.items()}
 
@@ -50,11 +48,11 @@ def read_variate(reply: Message, shapes: Mapping[str, Sequence[int]]) -> dict[st
     Raises:
         ReplyError: naming what is wrong.
     """
-    variate = messages.read_tensors(reply.content)
+    variate = read_tensors(reply.content)
     unknown = sorted(set(variate) - set(shapes))
     if unknown or not variate:
         raise ReplyError(f"its control variate is not of the model's parameters: {', '.join(unknown[:5])}")
-    return messages.read_tensors(reply.content, {key: shapes[key] for key in variate})
+    return read_tensors(reply.content, {key: shapes[key] for key in variate})
 
 
 class Variates:

@@ -20,6 +20,7 @@ from flwr.app import Message
 from torch import Tensor
 
 from . import control_variates as variates
+from . import messages
 from .curvature import CurvatureError, LayerCurvature
 from .method import Job
 from .objective import Objective
@@ -47,7 +48,7 @@ def client(job: Job) -> Message:
     objective = Objective(job.model, job.whole, job.loss, decay, job.device)
     gradient = objective.gradient()
     own = objective.by_name(gradient)
-    if job.phase == variates.GRADIENT:
+    if job.phase == messages.GRADIENT:
         return job.reply_tensors(own)
     addition = variates.pair(job.request, job.state, own)
     job.metrics[CORRECTED] = 0

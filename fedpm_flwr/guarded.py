@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from . import messages
-from .messages import ReplyError, Update
+from .replies import ReplyError, Update, read_metrics, read_update, with_common_metrics
 from .report import PREFIX
 
 _MAX_REASON = 300
@@ -126,7 +126,7 @@ class Guarded(FedAvg):
         kept = []
         for reply in replies:
             try:
-                metrics = messages.read_metrics(reply, self.weighted_by_key)
+                metrics = read_metrics(reply, self.weighted_by_key)
             except ReplyError as error:
                 self._warn(server_round, "evaluation", reply, error)
                 continue
@@ -143,7 +143,7 @@ class Guarded(FedAvg):
         Raises:
             ReplyError: the reply cannot be used.
         """
-        return messages.read_update(reply, self._theta, weighted_by=self.weighted_by_key)
+        return read_update(reply, self._theta, weighted_by=self.weighted_by_key)
 
     def ask(
         self, server_round: int, grid: Grid, requests: Iterable[Message], phase: str, extra: Mapping[str, Tensor]
@@ -242,7 +242,7 @@ def _canonical(reply: Message, update: Update) -> RecordDict:
 
 def _common(replies: list[Message]) -> list[Message]:
     """The replies with the metrics that all of them have in the same form, and no others."""
-    contents = messages.with_common_metrics([reply.content for reply in replies])
+    contents = with_common_metrics([reply.content for reply in replies])
     return [_with_content(reply, content) for reply, content in zip(replies, contents, strict=True)]
 
 

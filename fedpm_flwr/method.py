@@ -15,6 +15,7 @@ from .guarded import Guarded
 from .objective import Objective
 from .optim import SecondOrder
 from .optimizers import second_order
+from .replies import read_tensors
 from .state import ClientState
 from .training import Batches, Loss, fit
 
@@ -90,7 +91,7 @@ class Job:
         """The tensors that the server sent beside the model; empty: none."""
         if messages.EXTRA not in self.request.content.config_records:
             return {}
-        return {key: value.to(self.device) for key, value in messages.read_tensors(self.request.content).items()}
+        return {key: value.to(self.device) for key, value in read_tensors(self.request.content).items()}
 
     def keep(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep these tensors for later rounds; a disk that cannot take them costs the state, not the reply."""

@@ -16,7 +16,6 @@ from . import messages
 from .config import KRONECKER_SUMS, WEIGHTINGS
 from .control_variates import (
     CORRECTIONS,
-    GRADIENT,
     VARIATE_ROUND,
     Variates,
     as_record,
@@ -24,8 +23,8 @@ from .control_variates import (
     weighted_mean,
 )
 from .guarded import Guarded, with_extra
-from .messages import Update
 from .mixing import ModelMixer
+from .replies import Update, read_curvature, read_metrics, with_common_metrics
 from .report import PREFIX
 from .wire import get_codec
 
@@ -161,7 +160,7 @@ class FedPM(Guarded):
             ReplyError: the reply cannot be used.
         """
         update = super().read(reply)
-        layers = messages.read_curvature(
+        layers = read_curvature(
             reply,
             self._theta,
             damping_bounds=self.damping_bounds,
@@ -175,11 +174,11 @@ class FedPM(Guarded):
         """Ask for ∇fᵢ(θ) first; the requests of those that tell it, with c = Σ wᵢ∇fᵢ(θ) of this round."""
 
         def read(reply: Message) -> tuple[float, dict[str, Tensor]]:
-            weight = messages.read_metrics(reply, self.weighted_by_key)[self.weighted_by_key]
+            weight = read_metrics(reply, self.weighted_by_key)[self.weighted_by_key]
             assert isinstance(weight, int | float)
             return weight if self.weighting == "num-examples" else 1.0, read_variate(reply, self._shapes())
 
-        replies = self.ask(server_round, grid, requests, GRADIENT, {})
+        replies = self.ask(server_round, grid, requests, messages.GRADIENT, {})
         told = {reply.metadata.src_node_id: made for reply, made in self.usable(server_round, replies, read)}
         common = weighted_mean(told.values())
         usable = [request for request in requests if request.metadata.dst_node_id in told]
@@ -195,7 +194,7 @@ class FedPM(Guarded):
     def _aggregate_metrics(self, server_round: int, contents: list[RecordDict]) -> MetricRecord | None:
         """What ``train_metrics_aggr_fn`` makes of the metrics that all replies have in the same form."""
         try:
-            return self.train_metrics_aggr_fn(messages.with_common_metrics(contents), self.weighted_by_key)
+            return self.train_metrics_aggr_fn(with_common_metrics(contents), self.weighted_by_key)
         except Exception as error:  # the user's own function; metrics are not worth losing a round for
             _log.warning("%sround %d: metrics could not be aggregated: %r", PREFIX, server_round, error)
             return None

@@ -58,7 +58,7 @@ def fit(
         loss = loss_fn(outputs, targets)
         if isinstance(optimizer, SecondOrder):
             optimizer.measure(loss, outputs)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        loss.backward()
         total += loss.detach() * len(inputs)
         examples += len(inputs)
         labelled = not targets.is_floating_point()

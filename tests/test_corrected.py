@@ -21,6 +21,7 @@ from fedpm_flwr.config import Config
 from fedpm_flwr.guarded import Guarded
 from fedpm_flwr.method import Job
 from fedpm_flwr.objective import Objective
+from fedpm_flwr.replies import read_tensors
 
 from .apps import federate
 from .jobs import Examples, Spoil, app_of, ordered, untouched
@@ -115,7 +116,7 @@ def test_fresh_gradients_that_cannot_be_used_leave_their_client_out(
 ) -> None:
     def spoil(job: Job, partition: int, reply: Message) -> None:
         if (partition, job.server_round, job.phase) == (3, 2, "gradient"):
-            (good,) = messages.read_tensors(reply.content).values()
+            (good,) = read_tensors(reply.content).values()
             wrong = {"nan": good * torch.nan, "float8": good.to(torch.float8_e4m3fn)}
             del reply.content[messages.EXTRA]
             if spoilt in wrong:
@@ -212,7 +213,7 @@ def test_a_variate_that_cannot_be_used_leaves_its_reply_out(
 ) -> None:
     def spoil(job: Job, partition: int, reply: Message) -> None:
         if partition == 3 and job.server_round == 2:
-            good = messages.read_tensors(reply.content)
+            good = read_tensors(reply.content)
             (key,) = good
             wrong = {
                 "nan": {key: good[key] * float("nan")},

@@ -5,7 +5,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedpm_flwr import messages
+from fedpm_flwr import replies
 from fedpm_flwr.curvature import (
     Block,
     Curvature,
@@ -66,7 +66,7 @@ def as_received(curvature: Curvature, damping: float) -> list[LayerCurvature]:
     payload = encode([LayerCurvature(BLOCK, curvature, damping)], "triangle-float32")
     layers = decode(payload, {"w": (ROWS, COLUMNS)})
     for layer in layers:
-        messages._check_layer(layer, (0.0, 1e6))
+        replies._check_layer(layer, (0.0, 1e6))
     return layers
 
 

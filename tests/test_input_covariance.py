@@ -210,7 +210,7 @@ def test_the_packed_projections_factor_is_that_of_three_linear_layers() -> None:
     x = torch.randn(2, 3, 4, dtype=torch.float64)
     captured: list[Tensor] = []
     projected = torch.nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-    projected.register_hook(captured.append)  # type: ignore[no-untyped-call]
+    projected.register_hook(captured.append)
     q, k, v = projected.chunk(3, dim=-1)
     attended = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     attention.out_proj(attended).square().sum().backward()

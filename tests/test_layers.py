@@ -146,7 +146,7 @@ def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 def step(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
     """The gradients of the mean loss."""
     model.zero_grad()
-    F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+    F.cross_entropy(model(x), y).backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
@@ -297,7 +297,7 @@ def test_under_autocast_curvature_stays_float32(make: Callable[[nn.Module], Esti
             logits = model(x)
             assert logits.dtype == (torch.bfloat16 if enabled else torch.float32)
             loss = F.cross_entropy(logits, y)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         found.append(numbers(estimator))
     assert all(part.dtype == torch.float32 for part in found[1])
     for plain, mixed in zip(*found, strict=True):
@@ -316,7 +316,7 @@ def test_micro_batches_of_unequal_size_add_up_to_one_batch(name: str) -> None:
         for part in (slice(0, 2), slice(2, 6)):
             losses.append(F.cross_entropy(model(x[part]), y[part]))
             if not at_the_end:
-                losses.pop().backward()  # type: ignore[no-untyped-call]
+                losses.pop().backward()
         for loss in losses:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         torch.testing.assert_close(numbers(estimator), expected, rtol=1e-12, atol=1e-14)

@@ -78,7 +78,7 @@ def test_one_round_is_the_step_by_the_decoded_curvature(
     for weight, partition in zip(weights, range(len(SIZES)), strict=True):
         x, y = client_data(partition)
         model = make_model()
-        half_squared_error(model(x), y).backward()  # type: ignore[no-untyped-call]
+        half_squared_error(model(x), y).backward()
         with_ones = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
         exact = with_ones.T @ with_ones / len(x)
         decoded = get_codec(codec).unpack(get_codec(codec).pack(exact), (IN + 1, IN + 1)).double()

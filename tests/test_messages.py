@@ -5,8 +5,9 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedpm_flwr import messages
+from fedpm_flwr import messages, replies
 from fedpm_flwr.curvature import Block, KroneckerRight, LayerCurvature
+from fedpm_flwr.replies import ReplyError
 
 from .test_inline import exchange
 
@@ -32,5 +33,5 @@ def test_curvature_that_cannot_be_checked_is_refused(error: Exception, monkeypat
 
     monkeypatch.setattr(KroneckerRight, "check_positive_definite", fail)
     layer = LayerCurvature(Block("head", ("w",)), KroneckerRight(torch.eye(2)), 0.1)
-    with pytest.raises(messages.ReplyError, match=f"its curvature: layer 'head': {error}"):
-        messages._check_layer(layer, (0.0, 1.0))
+    with pytest.raises(ReplyError, match=f"its curvature: layer 'head': {error}"):
+        replies._check_layer(layer, (0.0, 1.0))

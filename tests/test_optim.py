@@ -63,7 +63,7 @@ def step(model: nn.Module, optimizer: SecondOrder, batch: tuple[Tensor, Tensor] 
     outputs = model(x)
     loss = F.cross_entropy(outputs, y)
     optimizer.measure(loss, outputs)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     return float(loss)
 
@@ -171,7 +171,7 @@ class TestEvery:
             optimizer.zero_grad()
             loss = F.cross_entropy(outputs := model(x), y)
             optimizer.measure(loss, outputs)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return float(loss)
 
         assert optimizer.step(closure) > 0
@@ -188,7 +188,7 @@ class TestEvery:
             outputs = model(inputs)
             loss = F.cross_entropy(outputs, targets)
             optimizer.measure(loss, outputs)
-            (loss / 2).backward()  # type: ignore[no-untyped-call]
+            (loss / 2).backward()
         optimizer.step()
         if isinstance(optimizer, FOOF | Newton):  # the others' measurements are random, or not linear in the loss
             twin = network()
@@ -205,7 +205,7 @@ class TestEvery:
             outputs = model(x.float())
             loss = F.cross_entropy(outputs, y)
         optimizer.measure(loss, outputs)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         parts = [part for layer in optimizer.preconditioners() for part in layer.curvature.parts().values()]
         assert parts

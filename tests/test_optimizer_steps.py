@@ -68,7 +68,7 @@ def test_a_loop_that_does_not_measure_is_told_once(make: Make) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            F.cross_entropy(model(data()[0]), data()[1]).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(model(data()[0]), data()[1]).backward()
             optimizer.step()
     said = [str(warning.message) for warning in caught if "was not measured" in str(warning.message)]
     assert len(said) == len(set(said)) > 0
@@ -85,7 +85,7 @@ def test_newton_reaches_the_minimum_of_a_quadratic_in_one_step() -> None:
         outputs = model(x)
         loss = F.mse_loss(outputs, y)
         optimizer.measure(loss, outputs)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         solution = torch.linalg.lstsq(torch.cat([x, torch.ones(20, 1).double()], dim=1), y).solution.T
         torch.testing.assert_close(to_matrix([model.weight.detach(), model.bias.detach()]), solution)
@@ -117,7 +117,7 @@ def test_newton_steps_the_others_where_a_parameter_is_not_used() -> None:
     idle = unused.weight.clone()
     loss = F.mse_loss(used(x), y)
     optimizer.measure(loss)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     torch.testing.assert_close(used.weight.detach(), torch.linalg.lstsq(x, y).solution.T)
     assert torch.equal(unused.weight, idle)
@@ -232,7 +232,7 @@ def test_kfac_on_a_deep_linear_network_is_the_gauss_newton_step_of_each_layer() 
     optimizer = KFAC(model, fisher="exact", loss="mse", lr=1.0, damping=0.0)
     layers = [layer for layer in model if isinstance(layer, nn.Linear)]
     before = [to_matrix([layer.weight.detach().clone(), layer.bias.detach().clone()]) for layer in layers]
-    F.mse_loss(model(x), y).backward()  # type: ignore[no-untyped-call]
+    F.mse_loss(model(x), y).backward()
     optimizer.step()
     for layer, start, block, said in zip(layers, before, blocks, optimizer.preconditioners(), strict=True):
         torch.testing.assert_close(said.curvature.to_dense(len(block)), block)
@@ -252,7 +252,7 @@ def test_sampled_kfac_factors_are_the_exact_ones_within_three_standard_errors() 
     draws: list[list[Tensor]] = [[] for _ in blocks]
     optimizer = KFAC(model, loss="mse", lr=0.0, ema=0.0, refresh_interval=1, inverse_interval=1000)
     for _ in range(200):
-        F.mse_loss(model(x), torch.zeros(30, 4).double()).backward()  # type: ignore[no-untyped-call]
+        F.mse_loss(model(x), torch.zeros(30, 4).double()).backward()
         optimizer.step()
         for found, said in zip(draws, optimizer.preconditioners(), strict=True):
             found.append(said.curvature.to_dense(len(said.curvature.diagonal(*_shape(said)).flatten())))
@@ -290,7 +290,7 @@ def test_sophia_matches_its_algorithm_by_hand() -> None:
         theta = theta - 0.1 * 0.01 * theta
         theta = theta - 0.1 * (m / (0.5 * h).clamp(min=1e-3)).clamp(-1, 1)
         optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(model(x), y).backward()
         optimizer.step()
         torch.testing.assert_close(model.weight.detach(), theta)
     (said,) = optimizer.preconditioners()
@@ -312,7 +312,7 @@ def test_ltda_matches_its_formula_by_hand() -> None:
         optimizer.zero_grad()
         loss = F.mse_loss(model(x), y)
         optimizer.measure(loss)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         torch.testing.assert_close(model.weight.detach(), theta)
 
@@ -359,7 +359,7 @@ def test_a_step_on_cuda_does_not_wait_for_the_device(make: Make) -> None:
     try:
         for _ in range(4):
             optimizer.zero_grad()
-            F.cross_entropy(model(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -14,6 +14,7 @@ from fedpm_flwr import messages
 from fedpm_flwr.curvature import CurvatureError
 from fedpm_flwr.method import Job
 from fedpm_flwr.objective import Objective
+from fedpm_flwr.replies import read_curvature
 
 from .jobs import answer
 from .logistic import BASE, IN, batches_of, client_data, make_model
@@ -50,7 +51,7 @@ def test_steps_that_do_not_halve_the_gradient_are_taken_back(start: float) -> No
     assert metrics_of(reply)["local-steps"] == 1
     (found,) = model_of(reply).values()
     torch.testing.assert_close(found.flatten(), theta - torch.linalg.solve(matrix, gradient), rtol=1e-10, atol=0)
-    (layer,) = messages.read_curvature(reply, {"theta.weight": found})
+    (layer,) = read_curvature(reply, {"theta.weight": found})
     torch.testing.assert_close(layer.curvature.damped(layer.damping).to_dense(IN), matrix, rtol=1e-10, atol=1e-14)
 
 

@@ -120,7 +120,7 @@ def stack(factor: Tensor) -> Tensor:
 
 def block_diagonal(blocks: Iterable[Tensor]) -> Tensor:
     """The matrix of these square blocks along its diagonal."""
-    matrix: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]  # torch does not annotate it
+    matrix: Tensor = torch.block_diag(*blocks)
     return matrix
 
 

@@ -19,9 +19,8 @@ class Hook:
         self._owner = weakref.ref(owner)
         self._method = method
         self._extra = extra
-        # A compiled model runs it as it is. Not as a decorator: that takes seconds to import. (torch does
-        # not annotate it.)
-        self._run = torch.compiler.disable(self._measure)  # type: ignore[no-untyped-call]
+        # A compiled model runs it as it is. Not as a decorator: that takes seconds to import.
+        self._run = torch.compiler.disable(self._measure)
 
     def __reduce__(self) -> tuple[type["Idle"], tuple[()]]:
         return Idle, ()  # what a copied or saved model gets instead

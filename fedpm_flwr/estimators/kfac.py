@@ -109,9 +109,7 @@ class KroneckerFactors:
         if layer.block not in self.recording or not output.requires_grad:
             return
         if self._fisher == "empirical":
-            output.register_hook(  # type: ignore[no-untyped-call]  # torch does not annotate it
-                partial(self._add_empirical, layer, module, self._forward)
-            )
+            output.register_hook(partial(self._add_empirical, layer, module, self._forward))
         else:  # the place in the graph, not the tensor: an activation may change that in place
             self._pending.append((layer, module, torch.autograd.graph.get_gradient_edge(output)))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.linalg import eigh
-from ..messages import ReplyError
+from ..replies import ReplyError
 from .vectors import lower_triangle, symmetric
 
 Tensors = dict[str, Tensor]

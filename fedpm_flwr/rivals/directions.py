@@ -7,11 +7,10 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor
 
-from .. import messages
 from ..curvature import CurvatureError
 from ..curvature.linalg import add_to_diagonal, check_positive_definite, cholesky_solve
 from ..guarded import Guarded
-from ..messages import Update
+from ..replies import Update, read_metrics, read_tensors, with_common_metrics
 from .vectors import from_vector, to_vector
 
 DIRECTION = "direction"
@@ -46,9 +45,9 @@ class DirectionMean(Guarded):
         Raises:
             ReplyError: the reply cannot be used.
         """
-        weight = messages.read_metrics(reply, self.weighted_by_key)[self.weighted_by_key]
+        weight = read_metrics(reply, self.weighted_by_key)[self.weighted_by_key]
         assert isinstance(weight, int | float)
-        return Update(messages.read_tensors(reply.content, shapes), [], float(weight))
+        return Update(read_tensors(reply.content, shapes), [], float(weight))
 
     def theta_vector(self) -> Tensor:
         """θ, [d]."""
@@ -78,7 +77,7 @@ class DirectionMean(Guarded):
         direction = self.mean(kept, DIRECTION)
         length = self.step_length(server_round, direction, kept)
         moved = from_vector(self.theta_vector() - length * direction, self._theta)
-        contents = messages.with_common_metrics([reply.content for reply, _ in kept])
+        contents = with_common_metrics([reply.content for reply, _ in kept])
         return self._as_sent(ArrayRecord(moved)), self.train_metrics_aggr_fn(contents, self.weighted_by_key)
 
     def step_length(self, server_round: int, direction: Tensor, kept: Kept) -> float:

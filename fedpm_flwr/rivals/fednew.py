@@ -39,8 +39,8 @@ from torch import Tensor
 
 from .. import messages
 from ..guarded import with_extra
-from ..messages import Update
 from ..method import Job, Method, shared_by_strategies
+from ..replies import Update
 from .directions import DAMPING, DIRECTION, DirectionMean, node_of, solve_damped
 from .vectors import check_whole
 
@@ -96,21 +96,16 @@ class FedNew(DirectionMean):
         self._pending = self.mean(kept, DIRECTION), {node_of(reply) for reply, _ in kept}, lost
         return made
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """As ``Guarded``; a round that fails after all is counted for no client."""
-        self._pending = None
-        arrays, metrics = super().aggregate_train(server_round, replies)
-        if arrays is not None and self._pending is not None:
-            direction, nodes, lost = self._pending
-            self._directions[server_round] = direction
-            self._counted |= dict.fromkeys(nodes, server_round)
-            if lost:
-                self._void = server_round
-            needed = {*self._counted.values(), server_round}
-            self._directions = {number: y for number, y in self._directions.items() if number in needed}
-        return arrays, metrics
+    def accepted(self, server_round: int) -> None:
+        """The round counts for its clients; one that fails after all counts for none."""
+        assert self._pending is not None  # of this round's combine
+        direction, nodes, lost = self._pending
+        self._directions[server_round] = direction
+        self._counted |= dict.fromkeys(nodes, server_round)
+        if lost:
+            self._void = server_round
+        needed = {*self._counted.values(), server_round}
+        self._directions = {number: y for number, y in self._directions.items() if number in needed}
 
     def _informed(self, request: Message) -> Message:
         """The request with y, and with the round that the client's dual waits for."""

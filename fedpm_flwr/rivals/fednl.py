@@ -41,10 +41,11 @@ from .. import messages
 from ..config import Config
 from ..curvature.linalg import add_to_diagonal, cholesky_solve, eigh
 from ..guarded import with_extra
-from ..messages import ReplyError, Update
+from ..messages import GRADIENT
 from ..method import Job, Method, shared_by_strategies
+from ..replies import ReplyError, Update, read_tensors
 from .compressors import COMPRESSORS, PLACES, entries
-from .server_step import GRADIENT, ServerStep, Slope, mean_gradient
+from .server_step import ServerStep, Slope, mean_gradient
 from .vectors import check_side, check_whole, lower_triangle, symmetric
 
 COUNTED = "hessian-round"
@@ -139,14 +140,14 @@ class FedNL(ServerStep):
         update, theta = super().read(reply), self.parameters
         side = len(theta)
         shapes: dict[str, tuple[int, ...]] = {GRADIENT: (side,)}
-        starts = START in messages.read_tensors(reply.content)
+        starts = START in read_tensors(reply.content)
         if starts:
             shapes |= {START: (entries(side),)}
         else:
             shapes |= {BASE: (1,), ERROR: (1,), **self._compressor.shapes(side, self._config.compressor_size)}
         tensors = {
             key: value if key == PLACES else value.to(theta.dtype)  # places in a dtype that holds them
-            for key, value in messages.read_tensors(reply.content, shapes).items()
+            for key, value in read_tensors(reply.content, shapes).items()
         }
         if starts:
             before, error = symmetric(tensors[START], side), 0.0

@@ -31,14 +31,14 @@ from flwr.app import Message
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vjp, vmap
 
-from .. import messages
 from ..config import Config
 from ..curvature import to_matrix
 from ..curvature.linalg import add_to_diagonal, cholesky_solve
-from ..messages import ReplyError, Update
+from ..messages import GRADIENT
 from ..method import Job, Method, shared_by_strategies
+from ..replies import ReplyError, Update, read_tensors
 from ..training import Batches, Loss, on_device
-from .server_step import GRADIENT, ServerStep, Slope, mean_gradient
+from .server_step import ServerStep, Slope, mean_gradient
 from .sketches import SKETCHES
 from .vectors import check_side, check_whole
 
@@ -121,12 +121,12 @@ class FedNS(ServerStep):
             ReplyError: the reply cannot be used.
         """
         update, theta = super().read(reply), self.parameters
-        root = messages.read_tensors(reply.content).get(ROOT, torch.zeros(()))
+        root = read_tensors(reply.content).get(ROOT, torch.zeros(()))
         rows = len(root) if root.ndim else 0
         if rows > self.sketch_size:
             raise ReplyError(f"its sketch has {rows} rows, more than sketch-size={self.sketch_size}")
         shapes = {GRADIENT: (len(theta),), ROOT: (rows, len(theta))}
-        tensors = {key: value.to(theta) for key, value in messages.read_tensors(reply.content, shapes).items()}
+        tensors = {key: value.to(theta) for key, value in read_tensors(reply.content, shapes).items()}
         return _Sketched(update.state, [], update.num_examples, tensors[GRADIENT], tensors[ROOT])
 
     def direction(self, server_round: int, kept: Sequence[tuple[Message, Update]]) -> Tensor:

@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from .. import __version__, messages
 from ..config import Config
 from ..curvature import LayerCurvature
-from ..messages import Update
 from ..method import Job, Method, shared_by_strategies
 from ..optim import SecondOrder
+from ..replies import Update, read_curvature
 from ..report import PREFIX
 from ..wire import encode, get_codec
 from .steps import StepTeller
@@ -67,9 +67,7 @@ def client(job: Job) -> Message:
     """K local steps from the shared P, along the shared direction."""
     optimizer = job.second_order()
     assert isinstance(optimizer, SecondOrder)
-    shared = messages.read_curvature(
-        job.request, job.model.state_dict(), max_factor_side=job.config.max_factor_side
-    )
+    shared = read_curvature(job.request, job.model.state_dict(), max_factor_side=job.config.max_factor_side)
     optimizer.warm_start(shared)
     if job.config.fedpac_beta:
         correct_updates(optimizer, job.model, job.extra(), job.config.fedpac_beta, job.steps)
@@ -114,16 +112,12 @@ class FedPAC(StepTeller):
                 request.content[messages.CURVATURE] = self._shared
         return requests
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """θ⁺; Θ⁺ is that of this round if it counts, and stays as it was if no reply held P."""
-        self._next_shared = []
-        arrays, metrics = super().aggregate_train(server_round, replies)
-        if arrays is not None and self._next_shared:
+    def accepted(self, server_round: int) -> None:
+        """Θ⁺ is that of this round, and stays as it was if no reply held P."""
+        super().accepted(server_round)
+        if self._next_shared:
             payload = encode(self._next_shared, self._codec)
             self._shared = ConfigRecord({messages.PAYLOAD: payload, messages.VERSION: __version__})
-        return arrays, metrics
 
     def combine(
         self, server_round: int, usable: Iterable[tuple[Message, Update]]
@@ -161,7 +155,7 @@ class FedPAC(StepTeller):
         update = super().read(reply)
         if not self._align:
             return update
-        layers = messages.read_curvature(reply, self._theta, max_factor_side=self._max_factor_side)
+        layers = read_curvature(reply, self._theta, max_factor_side=self._max_factor_side)
         return replace(update, layers=layers)
 
 

@@ -11,21 +11,6 @@ Inferred: m and h start at 0 in each round (the source does not say that clients
 weighed by their examples, where the source averages uniformly.
 """
 
-import torch
+from .localnewton import with_optimizer
 
-from ..guarded import Guarded
-from ..method import Job, Method, local_training, shared_by_strategies
-from ..optimizers import OPTIMIZERS
-
-_OPTIMIZER = "sophia"
-
-
-def _optimizer(job: Job) -> torch.optim.Optimizer:
-    return job.second_order(_OPTIMIZER)
-
-
-METHOD = Method(
-    client=local_training(_optimizer),
-    strategy=lambda config: Guarded(**shared_by_strategies(config)),
-    reads=tuple(key for key in OPTIMIZERS[_OPTIMIZER].reads if key != "optimizer"),
-)
+METHOD = with_optimizer("sophia")

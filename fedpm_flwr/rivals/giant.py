@@ -35,13 +35,13 @@ from torch import Tensor
 from .. import messages
 from ..config import Config
 from ..guarded import with_extra
+from ..messages import GRADIENT
 from ..method import Job, Method, shared_by_strategies
 from .directions import DAMPING, DIRECTION, DirectionMean, Kept, node_of, solve_damped
 from .vectors import check_whole
 
-GRADIENT = "gradient"
 LINE_SEARCH = "line-search"
-"""The exchange before the training requests, and that after them; the first is a tensor's name too."""
+"""The exchange after the training requests."""
 VALUES = "values"
 ARMIJO = 1e-4
 """β, the share of the first-order decrease that a step must bring."""

@@ -7,21 +7,6 @@ with v [d] the first row of the Hessian of the batch's loss, v₀ its first entr
 average over a round's batches (``ema``, ``refresh-interval``), afresh in each round.
 """
 
-import torch
+from .localnewton import with_optimizer
 
-from ..guarded import Guarded
-from ..method import Job, Method, local_training, shared_by_strategies
-from ..optimizers import OPTIMIZERS
-
-_OPTIMIZER = "ltda"
-
-
-def _optimizer(job: Job) -> torch.optim.Optimizer:
-    return job.second_order(_OPTIMIZER)
-
-
-METHOD = Method(
-    client=local_training(_optimizer),
-    strategy=lambda config: Guarded(**shared_by_strategies(config)),
-    reads=tuple(key for key in OPTIMIZERS[_OPTIMIZER].reads if key != "optimizer"),
-)
+METHOD = with_optimizer("ltda")

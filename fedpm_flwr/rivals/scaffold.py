@@ -38,10 +38,10 @@ from torch import Tensor, nn
 from .. import messages
 from ..config import Config
 from ..guarded import with_extra
-from ..messages import Update
 from ..method import Job, Method, shared_by_strategies
 from ..optim import correct_gradients
 from ..optimizers import SGD_READS, sgd
+from ..replies import Update, read_tensors, with_common_metrics
 from ..report import PREFIX
 from .memory import Remembering
 
@@ -105,7 +105,7 @@ class Scaffold(Remembering):
         """
         update = super().read(reply)
         shapes = {key: value.shape for key, value in self._theta.items() if value.is_floating_point()}
-        change = messages.read_tensors(reply.content, shapes)
+        change = read_tensors(reply.content, shapes)
         (metrics,) = reply.content.metric_records.values()
         return VariateUpdate(update.state, [], update.num_examples, change, bool(metrics.get(LOST)))
 
@@ -138,7 +138,7 @@ class Scaffold(Remembering):
         if lost:
             self._forget(server_round, lost)
         arrays = self._as_sent(ArrayRecord(self._stepped(moved, weights)))
-        return arrays, self.train_metrics_aggr_fn(messages.with_common_metrics(contents), self.weighted_by_key)
+        return arrays, self.train_metrics_aggr_fn(with_common_metrics(contents), self.weighted_by_key)
 
     def _stepped(self, moved: Mapping[str, Tensor], weights: float) -> dict[str, Tensor]:
         """θ + η_s Σ wᵢ (θᵢ − θ), from the sum weighed by nᵢ and Σ nᵢ; whole numbers are averaged."""

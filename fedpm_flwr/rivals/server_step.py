@@ -11,10 +11,8 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from ..guarded import Guarded
-from ..messages import Update
+from ..replies import Update
 from .vectors import check_side, from_vector, to_vector
-
-GRADIENT = "gradient"
 
 
 @dataclass(frozen=True, eq=False)

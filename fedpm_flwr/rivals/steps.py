@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import messages
 from ..guarded import Guarded, with_extra
-from ..messages import Update
+from ..replies import Update
 
 
 class StepTeller(Guarded):
@@ -40,14 +40,9 @@ class StepTeller(Guarded):
         record = messages.tensors_record(self._step) if self._tells and self._step else ConfigRecord()
         return [with_extra(request, record) for request in requests]
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """As ``Guarded``; s is that of this round if it counts."""
-        arrays, metrics = super().aggregate_train(server_round, replies)
-        if arrays is not None:
-            self._step = self._next_step
-        return arrays, metrics
+    def accepted(self, server_round: int) -> None:
+        """s is that of this round."""
+        self._step = self._next_step
 
     def combine(
         self, server_round: int, usable: Iterable[tuple[Message, Update]]

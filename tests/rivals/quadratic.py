@@ -24,6 +24,7 @@ from fedpm_flwr.algorithms import get_algorithm
 from fedpm_flwr.config import Config
 from fedpm_flwr.guarded import Guarded
 from fedpm_flwr.method import Job, Method
+from fedpm_flwr.replies import read_tensors
 from fedpm_flwr.training import Loss
 
 from ..apps import Data, federate, half_squared_error
@@ -189,7 +190,7 @@ def softmax_loss(theta: Tensor, decay: float) -> Tensor:
 
 def with_tensors(reply: Message, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Message:
     """The reply with other tensors beside its model."""
-    tensors = change(messages.read_tensors(reply.content))
+    tensors = change(read_tensors(reply.content))
     reply.content[messages.EXTRA] = messages.tensors_record(tensors) if tensors else ConfigRecord()
     return reply
 
@@ -233,7 +234,7 @@ def check_left_out(
 
 def spoilt(reply: Message, name: str) -> dict[str, RecordDict]:
     """Replies that cannot be used, for the tensor of this name, by what is said of them."""
-    tensor = messages.read_tensors(reply.content)[name]
+    tensor = read_tensors(reply.content)[name]
 
     def content(**tensors: Tensor) -> RecordDict:
         return RecordDict({**reply.content, messages.EXTRA: messages.tensors_record(tensors)})

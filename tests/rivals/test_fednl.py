@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from flwr.app import Message
 from torch import Tensor
 
-from fedpm_flwr.messages import read_tensors
 from fedpm_flwr.method import Job
+from fedpm_flwr.replies import read_tensors
 from fedpm_flwr.rivals.compressors import COMPRESSORS
 from fedpm_flwr.rivals.fednl import FedNL
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedpm_flwr.messages import GRADIENT
 from fedpm_flwr.method import Job
-from fedpm_flwr.rivals.giant import ARMIJO, GRADIENT, LINE_SEARCH, METHOD, VALUES, armijo
+from fedpm_flwr.rivals.giant import ARMIJO, LINE_SEARCH, METHOD, VALUES, armijo
 
 from ..test_application import run
 from .quadratic import BAD, optimum, random_rows, rows, spoiling, train
