@@ -15,6 +15,7 @@ from clients to server in all rounds, and seconds, with other runs beside it.
 
 import argparse
 import itertools
+import json
 import math
 import os
 import statistics
@@ -244,7 +245,7 @@ def _run(configs: Sequence[Config], clients: int, backend: str, jobs: int) -> di
     done = {}
     simulate = Path(__file__).resolve().parent.parent / "scripts" / "simulate.py"
     for config in configs:
-        settings = [f"{key}={value}" for key, value in config.to_run_config().items() if value != ""]
+        settings = [f"{key}={json.dumps(value)}" for key, value in config.to_run_config().items()]
         command = [sys.executable, str(simulate), "--nodes", str(clients), *settings]
         if subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0:
             done[config.output] = read_rounds(Path(config.output))

@@ -97,3 +97,15 @@ def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: p
     with pytest.raises(SystemExit):
         convex.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_the_same_in_flowers_simulation(tmp_path: Path) -> None:
+    """Real Ray, a real SuperLink: after two rounds the model is as far from the optimum as in this process."""
+    lasts = []
+    for backend in ("inline", "ray"):
+        output = tmp_path / f"{backend}.json"
+        given = ["--methods", "fedpm:1", "--rounds", "2", "--backend", backend, "--output", str(output)]
+        assert convex.main(given) == 0
+        (row,) = json.loads(output.read_text())["rows"]
+        lasts.append(row["last"])
+    assert lasts[0] == pytest.approx(lasts[1], rel=1e-9)
