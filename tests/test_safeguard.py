@@ -62,7 +62,9 @@ def test_steps_that_halve_it_are_kept() -> None:
     assert torch.equal(model_of(reply)["theta.weight"], model_of(plain)["theta.weight"])
 
 
-def test_a_step_that_fails_leaves_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_step_that_fails_leaves_the_first(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it is the last one, after which no gradient is measured."""
     whole, calls = Job.train, []
 
     def train(job: Job, optimizer: torch.optim.Optimizer, steps: int | None = None) -> bool:
@@ -72,7 +74,7 @@ def test_a_step_that_fails_leaves_the_first(monkeypatch: pytest.MonkeyPatch) -> 
         return whole(job, optimizer, steps)
 
     monkeypatch.setattr(Job, "train", train)
-    reply = answer(BASE, make_model(), [client_data(0)])
+    reply = answer(replace(BASE, local_steps=steps), make_model(), [client_data(0)])
     assert calls == [1, 1]
     monkeypatch.undo()
     first = answer(replace(BASE, local_steps=1), make_model(), [client_data(0)])
