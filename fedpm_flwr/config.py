@@ -6,6 +6,7 @@ The names are those of ``[tool.flwr.app.config]`` in pyproject.toml and of ``--r
 import dataclasses
 import json
 import math
+import re
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -45,13 +46,34 @@ WEIGHTINGS = ("num-examples", "uniform")
 COMPRESSORS = ("identity", "rank", "top")
 INITIAL_HESSIANS = ("exact", "zero")
 SKETCHES = ("gaussian", "hadamard")
-CODECS = ("triangle-float32", "triangle-float64")
+CODECS = (
+    "triangle-float64",
+    "triangle-float32",
+    "triangle-bfloat16",
+    "triangle-int8",
+    "positions",
+    "diagonal",
+    "rank-NUMBER",
+    "rank-SHARE",
+    "auto",
+    "auto-SHARE",
+)
+"""A number from 1, as in ``rank-8``; a share, as in ``rank-0.9`` and ``auto-0.05``."""
+_CODEC = re.compile(
+    r"triangle-(float64|float32|bfloat16|int8)|positions|diagonal|rank-[1-9]\d{0,6}|rank-0?\.(?!0+$)\d{1,9}|auto(-(?![0.]+$)\d{0,3}\.?\d{1,9})?"
+)
 
 Value = bool | int | float | str
 
 
 class ConfigError(ValueError):
     """A setting is unknown, of the wrong type, or outside its allowed values."""
+
+
+def check_codec(codec: str) -> None:
+    """Raises ConfigError if this is not the name of a codec."""
+    if not _CODEC.fullmatch(codec):
+        raise ConfigError(f"unknown codec {codec!r:.100}; allowed: {', '.join(CODECS)}")
 
 
 def _setting(
@@ -63,13 +85,15 @@ def _setting(
     low: float | None = None,
     high: float = math.inf,
     above: float | None = None,
+    pattern: re.Pattern[str] | None = None,
 ) -> Any:
     """A dataclass field with its meaning and its allowed values.
 
-    These are choices, or one of ``files`` with an absolute path after it; low <= x <= high, x > above.
+    These are choices, or one of ``files`` with an absolute path after it; low <= x <= high, x > above. A
+    ``pattern`` says in full which texts the choices stand for.
     """
     limits = {"meaning": meaning, "choices": choices, "files": files, "low": low, "high": high, "above": above}
-    return field(default=default, metadata=limits)
+    return field(default=default, metadata=limits | {"pattern": pattern})
 
 
 @dataclass(frozen=True)
@@ -118,7 +142,7 @@ class Config:
         choices=CORRECTED,
     )
     weighting: str = _setting("num-examples", "w_i, how much a client counts", choices=WEIGHTINGS)
-    codec: str = _setting("triangle-float32", "how P travels", choices=CODECS)
+    codec: str = _setting("triangle-float32", "how P travels", choices=CODECS, pattern=_CODEC)
     # Of single rivals.
     proximal_mu: float = _setting(0.01, "fedprox: mu_p, how strongly local steps are held near theta", low=0)
     server_momentum: float = _setting(0.9, "fedavgm: mu_s, of the server's steps", low=0, high=1)
@@ -239,7 +263,10 @@ def _cast(setting: "dataclasses.Field[Any]", value: Any) -> Any:
 def _check(setting: "dataclasses.Field[Any]", value: Any) -> None:
     limits = setting.metadata
     right_type = type(value) is setting.type
-    in_choices = not limits["choices"] or value in limits["choices"] or _is_file(limits["files"], value)
+    if limits["pattern"]:
+        in_choices = isinstance(value, str) and limits["pattern"].fullmatch(value) is not None
+    else:
+        in_choices = not limits["choices"] or value in limits["choices"] or _is_file(limits["files"], value)
     if right_type and in_choices and (not isinstance(value, int | float) or _in_range(limits, value)):
         return
     raise ConfigError(f"{_key(setting)}={value!r} is not allowed; allowed: {_allowed(setting)}")

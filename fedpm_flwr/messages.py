@@ -9,6 +9,7 @@ ClientApp is LocalNewton under FedAvg and FedPM under FedPM.
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -94,7 +95,17 @@ def curvature_record(optimizer: Preconditioned, request: Message) -> ConfigRecor
     codec = asked_codec(request)
     if codec is None:
         return ConfigRecord()
-    return ConfigRecord({PAYLOAD: encode(optimizer.preconditioners(), codec), VERSION: __version__})
+    payload = encode(optimizer.preconditioners(), codec, _as_meta(request))
+    return ConfigRecord({PAYLOAD: payload, VERSION: __version__})
+
+
+def _as_meta(request: Message) -> dict[str, Tensor]:
+    """Shapes and dtypes of the model in a request, without its numbers."""
+    return {
+        key: torch.empty(array.shape, dtype=getattr(torch, array.dtype, torch.float32), device="meta")
+        for record in request.content.array_records.values()
+        for key, array in record.items()
+    }
 
 
 def train_reply(

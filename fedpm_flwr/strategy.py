@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from . import messages
-from .config import KRONECKER_SUMS, WEIGHTINGS
+from .config import KRONECKER_SUMS, WEIGHTINGS, check_codec
 from .control_variates import (
     CORRECTIONS,
     VARIATE_ROUND,
@@ -26,7 +26,6 @@ from .guarded import Guarded, with_extra
 from .mixing import ModelMixer
 from .replies import Update, read_curvature, read_metrics, with_common_metrics
 from .report import PREFIX
-from .wire import get_codec
 
 _log = logging.getLogger("flwr")
 
@@ -42,7 +41,7 @@ class FedPM(Guarded):
 
     Args:
         server_learning_rate: η_s > 0.
-        codec: how curvature travels, one of ``fedpm_flwr.wire.CODECS``.
+        codec: how curvature travels, see ``fedpm_flwr.wire.compression``.
         weighting: ``num-examples``: wᵢ = nᵢ/n with nᵢ under ``weighted_by_key``; ``uniform``: 1/N.
         damping_bounds: replies that name a λ outside of them are left out.
         max_factor_side: replies with a larger matrix are left out.
@@ -88,7 +87,7 @@ class FedPM(Guarded):
         low, high = damping_bounds
         if not 0 <= low <= high:
             raise ValueError(f"damping_bounds must be 0 <= low <= high, not {damping_bounds}")
-        get_codec(codec)
+        check_codec(codec)
         self.server_learning_rate = server_learning_rate
         self.codec = codec
         self.weighting = weighting

@@ -9,6 +9,19 @@ from fedpm_flwr.curvature import Curvature, Dense, Diagonal, Identity, Kronecker
 
 ROWS, COLUMNS, GROUPS = 6, 4, 2
 
+CODECS = (
+    "triangle-float64",
+    "triangle-float32",
+    "triangle-bfloat16",
+    "triangle-int8",
+    "positions",
+    "diagonal",
+    "rank-1",
+    "rank-0.9",
+    "auto-99",
+)
+"""One of each sort that the setting ``codec`` may name."""
+
 
 def spd(side: int, generator: torch.Generator, condition: float = 1e2) -> Tensor:
     """A random symmetric positive definite float64 matrix with this condition number, norm about 1."""

@@ -17,7 +17,6 @@ from fedpm_flwr.rivals.sketches import SKETCHES
 from fedpm_flwr.tasks.datasets import _LOADERS
 from fedpm_flwr.tasks.files import LOADERS
 from fedpm_flwr.tasks.models import _MODELS
-from fedpm_flwr.wire import CODECS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +30,6 @@ def test_the_names_that_config_allows_are_those_that_exist() -> None:
     assert set(settings.ALGORITHMS) == set(REGISTRY)
     assert set(settings.OPTIMIZERS) == set(OPTIMIZERS)
     assert set(settings.FISHERS) == set(FISHERS)
-    assert set(settings.CODECS) == set(CODECS)
     assert set(settings.DATASETS) == set(_LOADERS)
     assert set(settings.FILES) == {f"{prefix}:" for prefix in LOADERS}
     assert set(settings.MODELS) == set(_MODELS)

@@ -27,9 +27,10 @@ from fedpm_flwr.inline import InlineGrid, _task_identity
 from fedpm_flwr.optim import FOOF
 from fedpm_flwr.strategy import FedPM
 from fedpm_flwr.training import fit
-from fedpm_flwr.wire import CODECS, decode, encode
+from fedpm_flwr.wire import decode, encode
 
 from .apps import half_squared_error
+from .helpers import CODECS
 
 CLIENTS = 3
 Round = tuple[list[Message], list[Message]]
@@ -169,7 +170,7 @@ def break_curvature(draw: st.DrawFn, content: RecordDict) -> RecordDict:
         record[messages.VERSION] = draw(st.sampled_from(["0.1.9", "0.2.0", "9", "", 3, ["0.1.0"]]))
     else:
         layers = [made_up_layer(draw) for _ in range(draw(st.integers(1, 3)))]
-        codec = draw(st.sampled_from(sorted(CODECS)))
+        codec = draw(st.sampled_from(sorted(set(CODECS) - {"positions", "auto-99"})))  # of layers that exist
         with suppress(ValueError):  # what cannot be said is not sent
             record[messages.PAYLOAD] = encode(layers, codec)
     return RecordDict({**content, messages.CURVATURE: ConfigRecord(record)})

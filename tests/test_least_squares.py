@@ -9,11 +9,12 @@ import torch
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
+from fedpm_flwr.curvature import Block, KroneckerRight, LayerCurvature
 from fedpm_flwr.strategy import FedPM
-from fedpm_flwr.wire import get_codec
+from fedpm_flwr.wire import pack_layers
 
 from .apps import federate, half_squared_error, regression_client
-from .helpers import relative_error
+from .helpers import CODECS, relative_error
 
 SIZES = [12, 40, 25, 90]
 IN, OUT = 5, 3
@@ -60,7 +61,7 @@ def test_averaging_the_same_local_steps_does_not() -> None:
     assert relative_error(found, pooled_solution()) > 0.1
 
 
-@pytest.mark.parametrize("codec", ["triangle-float32", "triangle-float64"])
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("weighting", ["num-examples", "uniform"])
 @pytest.mark.parametrize(("rate", "server_rate", "damping"), [(1.0, 1.0, 1e-3), (0.3, 0.7, 0.5)])
 def test_one_round_is_the_step_by_the_decoded_curvature(
@@ -81,8 +82,9 @@ def test_one_round_is_the_step_by_the_decoded_curvature(
         half_squared_error(model(x), y).backward()
         with_ones = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
         exact = with_ones.T @ with_ones / len(x)
-        decoded = get_codec(codec).unpack(get_codec(codec).pack(exact), (IN + 1, IN + 1)).double()
-        curvature += weight * (decoded + damping * torch.eye(IN + 1, dtype=torch.float64))
+        layer = LayerCurvature(Block("", ("weight", "bias")), KroneckerRight(exact), damping)
+        ((arrived),) = pack_layers([layer], codec, dict(model.named_parameters()))
+        curvature += weight * arrived.curvature.damped(damping).to_dense(IN + 1)
         gradient += weight * joint({"weight": model.weight.grad, "bias": model.bias.grad})  # type: ignore[dict-item]
     step = torch.linalg.solve(curvature, gradient.T).T
     expected = joint(dict(make_model().state_dict())) - rate * server_rate * step

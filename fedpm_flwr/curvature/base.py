@@ -56,6 +56,9 @@ class Curvature(Operator):
     symmetric: ClassVar[frozenset[str]] = frozenset()
     """The parts that are symmetric matrices [n, n], or stacks of them [groups, n, n]."""
 
+    positive: ClassVar[frozenset[str]] = frozenset()
+    """The parts that are vectors or diagonals of numbers >= 0, each of which counts by its relative precision."""
+
     @abstractmethod
     def solve(self, rhs: Tensor) -> Tensor:
         """P⁻¹·R, [rows, columns] -> [rows, columns].

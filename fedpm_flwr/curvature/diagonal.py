@@ -20,6 +20,7 @@ class Diagonal(Curvature):
     """
 
     kind = "diagonal"
+    positive = frozenset({"values"})
     values: Tensor
 
     def __post_init__(self) -> None:
@@ -53,6 +54,10 @@ class Diagonal(Curvature):
 
     def plus_closed(self, other: Curvature) -> Curvature | None:
         return Diagonal(self.values + other.values) if isinstance(other, Diagonal) else None
+
+    def row(self, columns: int) -> Tensor | None:
+        """h [columns], where all rows share it; None: they do not."""
+        return self.values[0].expand(columns) if len(self.values) == 1 else None
 
     def diagonal(self, rows: int, columns: int) -> Tensor:
         return self.values.expand(rows, columns)

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .base import Curvature, CurvatureError
+from .diagonal import Diagonal
 from .linalg import (
     add_to_diagonal,
     block_diagonal,
@@ -54,9 +56,11 @@ class KroneckerRight(Curvature):
         return KroneckerRight(self.factor * factor)
 
     def plus_closed(self, other: Curvature) -> Curvature | None:
+        side = self.factor.shape[-1]
+        if isinstance(other, Diagonal) and (row := other.row(side)) is not None:
+            return KroneckerRight(self.factor + torch.diag(row))
         if not isinstance(other, KroneckerRight):
             return None
-        side = self.factor.shape[-1]
         if other.factor.shape[-1] != side:
             raise CurvatureError(f"{list(other.factor.shape)} met a Kronecker factor of side {side}")
         if 1 not in (groups := (len(stack(self.factor)), len(stack(other.factor)))) and groups[0] != groups[1]:

@@ -25,11 +25,15 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class LayerCurvature:
-    """A layer's curvature as measured, and the damping λ that the layer was really stepped with."""
+    """A layer's curvature as measured, and the damping λ that the layer was really stepped with.
+
+    ``packed``: the form in which the curvature has been sent, if it is what has arrived (``wire.Packed``).
+    """
 
     block: Block
     curvature: Curvature
     damping: float
+    packed: object = None
 
 
 def matrix_shape(shapes: Sequence[Sequence[int]]) -> tuple[int, int]:

@@ -11,6 +11,9 @@ from .base import CurvatureError
 _MAX_TRACE = 1e100
 MARGIN = 100.0
 """How many times ε tr(P) the least eigenvalue must be."""
+_SMALL = 256
+"""Up to this side all eigenvalues are as cheap as some."""
+_OVERSAMPLES, _ITERATIONS = 8, 3
 
 
 def cholesky(matrix: Tensor) -> Tensor:
@@ -99,6 +102,36 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         if torch.isfinite(values).all():
             return values.to(matrix.dtype), vectors.to(matrix.dtype)
     raise CurvatureError(f"a matrix of side {matrix.shape[-1]} has no eigenvalues: is it finite?")
+
+
+def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The ``rank`` largest eigenvalues [.., rank], falling, and their eigenvectors [.., n, rank].
+
+    Of a large positive semidefinite matrix by subspace iteration from a fixed start (Halko, Martinsson and
+    Tropp 2011): O(n² rank), and eigenvalues that lie close together may share their vectors otherwise.
+
+    Raises:
+        CurvatureError: there are none, as where the matrix is not finite.
+    """
+    side, width = matrix.shape[-1], rank + _OVERSAMPLES
+    if side <= _SMALL or 3 * width > side:
+        values, vectors = eigh(matrix)
+        return values[..., -rank:].flip(-1), vectors[..., -rank:].flip(-1)
+    matrix = at_least_float32(matrix)
+    if not matrix.sum(-1).isfinite().all():
+        raise CurvatureError(f"a matrix of side {side} has no eigenvalues: it is not finite")
+    start = torch.randn(side, width, generator=torch.Generator().manual_seed(0)).to(matrix)
+    basis = torch.linalg.qr(matrix @ start).Q
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(matrix @ basis).Q
+    values, turned = eigh(basis.mT @ matrix @ basis)
+    return values[..., -rank:].flip(-1), (basis @ turned[..., -rank:]).flip(-1)
+
+
+def outer(factor: Tensor) -> Tensor:
+    """U Uᵀ, symmetric to the bit, which a matrix product is not: solvers read one triangle alone."""
+    product = factor @ factor.mT
+    return product.tril() + product.tril(-1).mT
 
 
 def add_to_diagonal(matrix: Tensor, number: float) -> Tensor:

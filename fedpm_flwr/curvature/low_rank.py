@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .base import Curvature, CurvatureError, Operator
+from .diagonal import Diagonal
 from .kronecker_right import KroneckerRight
-from .linalg import MARGIN, add_to_diagonal, check_trace, cholesky, promoted
+from .linalg import MARGIN, add_to_diagonal, check_trace, cholesky, outer, promoted
 
 _REFINEMENTS = 2
 
@@ -22,6 +23,7 @@ class LowRank(Curvature):
     """
 
     kind = "low-rank"
+    positive = frozenset({"floor"})
     floor: Tensor
     basis: Tensor
 
@@ -31,13 +33,6 @@ class LowRank(Curvature):
                 f"low rank needs d [columns] and U [columns, rank], not {list(self.floor.shape)} and "
                 f"{list(self.basis.shape)}"
             )
-
-    @classmethod
-    def of(cls, matrix: Tensor, rank: int) -> "LowRank":
-        """The ``rank`` leading eigenvectors of A [columns, columns], and what they leave on its diagonal."""
-        values, vectors = torch.linalg.eigh(matrix)
-        basis = vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()
-        return cls((matrix.diagonal() - basis.square().sum(1)).clamp(min=0), basis)
 
     def matmul(self, delta: Tensor) -> Tensor:
         self._check(delta)
@@ -80,11 +75,13 @@ class LowRank(Curvature):
                 return total if total._is_low() else total.to_factor()
             case KroneckerRight():
                 return other.plus_closed(self.to_factor())
+            case Diagonal() if (row := other.row(len(self.floor))) is not None:
+                return LowRank(self.floor + row, self.basis)
         return None
 
     def to_factor(self) -> KroneckerRight:
         """The same P, as the matrix diag(d) + U Uᵀ."""
-        return KroneckerRight(torch.diag(self.floor) + self.basis @ self.basis.mT)
+        return KroneckerRight(torch.diag(self.floor) + outer(self.basis))
 
     def diagonal(self, rows: int, columns: int) -> Tensor:
         return (self.floor + self.basis.square().sum(1)).expand(rows, columns)

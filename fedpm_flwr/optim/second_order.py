@@ -3,12 +3,14 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import chain
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
+from ..config import check_codec
 from ..curvature import (
     Block,
     Curvature,
@@ -19,7 +21,7 @@ from ..curvature import (
 )
 from ..estimators import Estimator, absolute
 from ..estimators.hooks import unwrapped
-from ..wire import as_decoded, get_codec
+from ..wire import pack_layers
 from .inversion import CALLS_FROM_STEP, are_finite, invert
 from .state import from_state, restore, to_state
 
@@ -53,8 +55,9 @@ class SecondOrder(torch.optim.Optimizer):
             that P = Σ emaᵗ P₍ₜ₎ / Σ emaᵗ over measurements of age t; 0: the newest alone; 1: the mean.
         refresh_interval: steps between two measurements of P.
         inverse_interval: steps between two inversions of P + λI.
-        codec: name of a wire codec; if given, P is what that codec makes of it. For rounds of a
-            single step, so that the server mixes with the very matrix that the client stepped by.
+        codec: name of a wire codec; if given, P is what that codec makes of it, and ``preconditioners`` has
+            but the blocks that it sends. For rounds of a single step, so that the server mixes with the
+            very matrix that the client stepped by.
 
     Raises:
         ValueError: an argument is out of range.
@@ -111,7 +114,10 @@ class SecondOrder(torch.optim.Optimizer):
                 raise ValueError(f"{', '.join(f'{key} {group[key]}' for key in checked)}: all must be >= 0")
         self._relative, self._decoupled, self._clip = relative_damping, decoupled_weight_decay, clip
         self._ema, self._refresh, self._inverse = ema, refresh_interval, inverse_interval
-        self._codec = get_codec(codec) if codec else None
+        self._codec = codec
+        if codec:
+            check_codec(codec)
+        self._sent: dict[Block, LayerCurvature] = {}
         self._parameters = dict(model.named_parameters())
         self._estimator = estimator([p for group in self.param_groups for p in group["params"]])
         self._unmeasured: set[Block] = set()
@@ -129,8 +135,11 @@ class SecondOrder(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for block, measured in self._estimator.collect().items():
-            self._update(self._state_of(block), measured)
+        measured = self._estimator.collect()
+        for block, curvature in measured.items():
+            self._update(self._state_of(block), curvature)
+        if self._codec and measured:
+            self._step_by_what_arrives(self._codec, measured)
         groups = {p: group for group in self.param_groups for p in group["params"]}
         updates = self._updates(groups)
         if self._clip and updates:
@@ -157,11 +166,10 @@ class SecondOrder(torch.optim.Optimizer):
     def preconditioners(self) -> list[LayerCurvature]:
         """P of every block that was stepped by it, as now averaged, and the λ it was stepped with."""
         states = [(block, self._state_of(block)) for block in self._estimator.blocks]
-        return [
-            LayerCurvature(block, _curvature(state), state["damping"])
-            for block, state in states
-            if "inverse" in state
-        ]
+        stepped = [(block, state) for block, state in states if "inverse" in state]
+        if self._codec:
+            return [replace(self._sent[b], damping=state["damping"]) for b, state in stepped if b in self._sent]
+        return [LayerCurvature(block, _curvature(state), state["damping"]) for block, state in stepped]
 
     def warm_start(self, layers: Iterable[LayerCurvature]) -> None:
         """Begin each of these blocks' running average with this P, as ``preconditioners`` of another tell it.
@@ -176,7 +184,7 @@ class SecondOrder(torch.optim.Optimizer):
             if block.parameters not in given:
                 continue
             state, p = self._state_of(block), self._parameters[block.parameters[0]]
-            for old in ("signed", "inverse"):
+            for old in ("average", "inverse"):
                 state.pop(old, None)
             dtype = torch.promote_types(p.dtype, torch.float32)
             state["curvature"] = to_state(given[block.parameters].to(dtype, p.device))
@@ -209,7 +217,7 @@ class SecondOrder(torch.optim.Optimizer):
         if "curvature" in state:
             # A measurement that is not finite, as of a step that a GradScaler skipped, is passed
             # over; decided on the device, which nothing has to wait for.
-            old = from_state(state.get("signed", state["curvature"])).parts()
+            old = from_state(state.get("average", state["curvature"])).parts()
             finite = are_finite(parts)
             parts = {
                 name: torch.where(
@@ -219,9 +227,22 @@ class SecondOrder(torch.optim.Optimizer):
             }
         new: Curvature = type(measured)(**parts)
         if self._estimator.signed:
-            state["signed"] = to_state(new)
+            state["average"] = to_state(new)
             new = absolute(new)
-        state["curvature"] = to_state(new if self._codec is None else as_decoded(self._codec, new))
+        elif self._codec:
+            state["average"] = to_state(new)
+        state["curvature"] = to_state(new)
+
+    def _step_by_what_arrives(self, codec: str, measured: Iterable[Block]) -> None:
+        """Let P of these blocks be as the server gets it; of those that are not sent it stays as it is."""
+        dampings = {p: group["damping"] for group in self.param_groups for p in group["params"]}
+        layers = [
+            LayerCurvature(b, _curvature(self._state_of(b)), dampings[self._parameters[b.parameters[0]]])
+            for b in measured
+        ]
+        self._sent = {layer.block: layer for layer in pack_layers(layers, codec, self._parameters)}
+        for block, layer in self._sent.items():
+            self._state_of(block)["curvature"] = to_state(layer.curvature)
 
     def _prepare(self, block: Block, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Invert P + λI, if that is due."""

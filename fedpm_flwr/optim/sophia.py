@@ -76,6 +76,7 @@ class Sophia(SecondOrder):
             decoupled_weight_decay=True,
             **shared,
         )
+        self._codec = None
 
     def preconditioners(self) -> list[LayerCurvature]:
         """max(γh/(1 − β₂ᵏ), ε) of every parameter after k measurements, and λ = 0.

@@ -35,13 +35,13 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from .. import __version__, messages
-from ..config import Config
+from ..config import Config, check_codec
 from ..curvature import LayerCurvature
 from ..method import Job, Method, shared_by_strategies
 from ..optim import SecondOrder
 from ..replies import Update, read_curvature
 from ..report import PREFIX
-from ..wire import encode, get_codec
+from ..wire import encode
 from .steps import StepTeller
 
 _log = logging.getLogger("flwr")
@@ -94,7 +94,9 @@ class FedPAC(StepTeller):
         **strategy: Any,
     ) -> None:
         super().__init__(**strategy)
-        get_codec(codec)
+        if not codec.startswith("triangle-"):
+            raise ValueError(f"FedPAC averages curvature part by part; allowed: codec=triangle-…, not {codec!r}")
+        check_codec(codec)
         self._align, self._codec, self._max_factor_side = align, codec, max_factor_side
         self._shared: ConfigRecord | None = None
         self._next_shared: list[LayerCurvature] = []

@@ -1,17 +1,7 @@
 """P to bytes and back (docs/wire-format.md)."""
 
-from .codecs import CODECS, Codec, as_decoded, get_codec
-from .payload import FORMAT_VERSION, PayloadError, decode, encode
+from .packed import Packed
+from .payload import FORMAT_VERSION, PayloadError, decode, encode, pack_layers
 from .tensors import own_copies
 
-__all__ = [
-    "CODECS",
-    "FORMAT_VERSION",
-    "Codec",
-    "PayloadError",
-    "as_decoded",
-    "decode",
-    "encode",
-    "get_codec",
-    "own_copies",
-]
+__all__ = ["FORMAT_VERSION", "Packed", "PayloadError", "decode", "encode", "own_copies", "pack_layers"]

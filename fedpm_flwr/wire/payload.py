@@ -6,30 +6,37 @@ The bytes may come from a broken or hostile client: everything is checked before
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..config import check_codec
 from ..curvature import KINDS, Block, Curvature, Identity, LayerCurvature, matrix_shape
-from .codecs import CODECS, get_codec, layout, pack, unpack
+from .budget import spend
+from .compression import compress
+from .layout import prefixed, without_prefix
+from .packed import Packed, layout
 
 FORMAT_VERSION = 1
 METADATA_KEY = "fedpm"
+DEFAULT_SHARE = 0.05
+"""Of the parameters' bytes, what ``codec="auto"`` may spend."""
 _HEADER_LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 4 << 20
 _MAX_QUOTE = 100
 """Longest part of a stranger's bytes that an error message repeats."""
 _METADATA = "__metadata__"
-_DTYPES = {torch.float32: "F32", torch.float64: "F64"}
+_DTYPES = {torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 _KINDS = {name: kind for name, kind in KINDS.items() if kind is not Identity}
 _FIELDS: dict[str, tuple[type, ...]] = {
     "name": (str,),
     "parameters": (list,),
     "copies": (dict,),
     "kind": (str,),
-    "codec": (str,),
+    "codecs": (dict,),
     "shapes": (dict,),
     "damping": (float, int),
 }
@@ -39,34 +46,71 @@ class PayloadError(ValueError):
     """The bytes are not a payload that this version can read."""
 
 
-def encode(layers: Iterable[LayerCurvature], codec: str) -> bytes:
+def encode(layers: Iterable[LayerCurvature], codec: str, parameters: Mapping[str, Tensor] | None = None) -> bytes:
     """Curvatures as bytes; equal input gives equal bytes.
 
+    Args:
+        layers: of which those that have been ``packed`` go as they are.
+        codec: the setting (``compression``).
+        parameters: the model's, of which only shapes and bytes are read; ``auto`` and ``positions`` need them.
+
     Raises:
-        ValueError: the codec is unknown, a kind of curvature does not travel, or a damping is not
-            a finite number >= 0.
+        ValueError: the codec is unknown, a kind of curvature does not travel, a matrix is not finite, or a
+            damping is not a finite number >= 0.
     """
-    packer = get_codec(codec)
     table: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    for index, layer in enumerate(layers):
-        _check_travels(layer)
+    for layer in pack_layers(layers, codec, parameters):
+        packed = layer.packed
+        assert isinstance(packed, Packed)
         if not (math.isfinite(layer.damping) and layer.damping >= 0):
             raise ValueError(f"layer {layer.block.name!r}: damping {layer.damping} is not a finite number >= 0")
+        index = len(table)
         table.append(
             {
                 "name": layer.block.name,
                 "parameters": list(layer.block.parameters),
                 "copies": dict(layer.block.copies),
-                "kind": layer.curvature.kind,
-                "codec": codec,
-                "shapes": {part: list(tensor.shape) for part, tensor in layer.curvature.parts().items()},
+                "kind": packed.kind,
+                "codecs": dict(packed.codecs),
+                "shapes": {part: list(shape) for part, shape in packed.shapes.items()},
                 "damping": float(layer.damping),
             }
         )
-        tensors |= {f"{index}.{key}": tensor for key, tensor in pack(packer, layer.curvature).items()}
+        tensors |= prefixed(str(index), packed.tensors)
     metadata = {METADATA_KEY: json.dumps({"version": FORMAT_VERSION, "layers": table}, separators=(",", ":"))}
     return save(tensors, metadata)
+
+
+def pack_layers(
+    layers: Iterable[LayerCurvature], codec: str, parameters: Mapping[str, Tensor] | None = None
+) -> list[LayerCurvature]:
+    """The layers that the codec sends, each with its curvature as it arrives, and ``packed``.
+
+    In its own dtype and on its own device. Arguments and errors are those of ``encode``.
+    """
+    check_codec(codec)
+    given = list(layers)
+    shapes = None if parameters is None else {key: tuple(value.shape) for key, value in parameters.items()}
+    fresh = [layer for layer in given if layer.packed is None]
+    for layer in fresh:
+        _check_travels(layer)
+        if not all(torch.isfinite(part).all() for part in layer.curvature.parts().values()):
+            raise ValueError(f"layer {layer.block.name!r}: its curvature is not finite; has training diverged?")
+    if codec.startswith("auto") and fresh:
+        if parameters is None or shapes is None:
+            raise ValueError(f"codec {codec!r} needs to know the model's parameters")
+        total = sum(value.numel() * value.element_size() for value in parameters.values())
+        packed = spend(fresh, float(codec.partition("-")[2] or DEFAULT_SHARE) * total)
+    else:
+        packed = [compress(layer, codec, shapes) for layer in fresh]
+    arrived = [_arrived(layer, one) for layer, one in zip(fresh, packed, strict=True) if one is not None]
+    return [*(layer for layer in given if layer.packed is not None), *arrived]
+
+
+def _arrived(layer: LayerCurvature, packed: Packed) -> LayerCurvature:
+    like = next(iter(layer.curvature.parts().values()))
+    return replace(layer, curvature=packed.curvature().to(like.dtype, like.device), packed=packed)
 
 
 def decode(
@@ -96,7 +140,10 @@ def decode(
         side = kind.side(entry["shapes"])
         if side > max_side:
             raise PayloadError(f"{_where(entry)}: side {side}, more than the {max_side} allowed")
-        needed = layout(get_codec(entry["codec"]), kind, entry["shapes"])
+        try:
+            needed = layout(kind, entry["shapes"], entry["codecs"])
+        except ValueError as error:
+            raise PayloadError(f"{_where(entry)}: {error}") from error
         expected |= {f"{index}.{key}": (_DTYPES[dtype], list(shape)) for key, (dtype, shape) in needed.items()}
     _check_tensors(header, expected)
     try:
@@ -155,15 +202,18 @@ def _check_entry(entry: Any, shapes: Mapping[str, Sequence[int]], seen: set[str]
             f"a layer's entry must have {', '.join(_FIELDS)}, each of its type; got {entry!r:.{_MAX_QUOTE}}"
         )
     where = _where(entry)
-    for key, allowed in (("kind", _KINDS), ("codec", CODECS)):
-        if entry[key] not in allowed:
-            raise PayloadError(
-                f"{where}: unknown {key} {entry[key]!r:.{_MAX_QUOTE}}; allowed: {', '.join(allowed)}"
-            )
+    if entry["kind"] not in _KINDS:
+        raise PayloadError(f"{where}: unknown kind {entry['kind']!r:.{_MAX_QUOTE}}; allowed: {', '.join(_KINDS)}")
     damping = _to_float(entry["damping"])
     if not (math.isfinite(damping) and damping >= 0):
         raise PayloadError(f"{where}: damping {damping} is not a finite number >= 0")
     _check_parameters(where, entry, shapes, seen)
+    parts, codecs = set(_KINDS[entry["kind"]].part_names()), entry["codecs"]
+    if set(codecs) != parts or not all(isinstance(codec, str) for codec in codecs.values()):
+        raise PayloadError(
+            f"{where}: a curvature of kind {entry['kind']!r} has a codec for each of "
+            f"{', '.join(sorted(parts))}; got {codecs!r:.{_MAX_QUOTE}}"
+        )
 
 
 def _check_parameters(
@@ -221,12 +271,10 @@ def _check_tensors(header: dict[str, Any], expected: dict[str, tuple[str, list[i
 def _read_layer(
     index: int, entry: dict[str, Any], tensors: dict[str, Tensor], shapes: Mapping[str, Sequence[int]]
 ) -> LayerCurvature:
-    kind, prefix = _KINDS[entry["kind"]], f"{index}."
-    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    parts = unpack(get_codec(entry["codec"]), kind, entry["shapes"], own)
-    if not all(torch.isfinite(part).all() for part in parts.values()):
+    packed = Packed(entry["kind"], entry["shapes"], entry["codecs"], without_prefix(str(index), tensors))
+    curvature = packed.curvature()
+    if not all(torch.isfinite(part).all() for part in curvature.parts().values()):
         raise PayloadError(f"{_where(entry)}: the curvature is not finite")
-    curvature: Curvature = kind(**parts)
     if (curvature.diagonal(*matrix_shape([shapes[key] for key in entry["parameters"]])) < 0).any():
         raise PayloadError(f"{_where(entry)}: the curvature has a negative number on its diagonal")
     block = Block(entry["name"], tuple(entry["parameters"]), tuple(sorted(entry["copies"].items())))

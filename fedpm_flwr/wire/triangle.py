@@ -1,9 +1,11 @@
-"""A symmetric matrix as its lower triangle."""
+"""A symmetric matrix as its lower triangle, in full precision."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .layout import Layout
 
 TRIANGLE = "triangle"
 
@@ -14,15 +16,30 @@ class Triangle:
 
     dtype: torch.dtype
 
-    def layout(self, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        return {TRIANGLE: (self.dtype, (*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))}
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        return {TRIANGLE: (self.dtype, triangle_shape(shape))}
 
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
-        matrix = matrix.to("cpu", self.dtype)
-        return {TRIANGLE: torch.cat([matrix[..., i, : i + 1] for i in range(matrix.shape[-1])], dim=-1)}
+        return {TRIANGLE: to_triangle(matrix.to("cpu", self.dtype))}
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        lower = torch.zeros(shape, dtype=self.dtype)
-        for i, row in enumerate(torch.split(tensors[TRIANGLE], list(range(1, shape[-1] + 1)), dim=-1)):
-            lower[..., i, : i + 1] = row
+        lower = from_triangle(tensors[TRIANGLE], shape)
         return lower + lower.tril(-1).mT
+
+
+def triangle_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the triangle of matrices [.., n, n]: [.., n(n+1)/2]."""
+    return (*shape[:-2], shape[-1] * (shape[-1] + 1) // 2)
+
+
+def to_triangle(matrix: Tensor) -> Tensor:
+    """The rows of [.., n, n] up to and including the diagonal, one after another."""
+    return torch.cat([matrix[..., i, : i + 1] for i in range(matrix.shape[-1])], dim=-1)
+
+
+def from_triangle(triangle: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The lower triangular matrix [.., n, n] again."""
+    lower = torch.zeros(shape, dtype=triangle.dtype)
+    for i, row in enumerate(torch.split(triangle, list(range(1, shape[-1] + 1)), dim=-1)):
+        lower[..., i, : i + 1] = row
+    return lower
