@@ -25,10 +25,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import nn
 
-from fedpm_flwr import __version__, messages
+from fedpm_flwr import __version__
 from fedpm_flwr.config import Config, ConfigError, check_codec
 from fedpm_flwr.optim import FOOF
 from fedpm_flwr.tasks import build_model
@@ -131,6 +130,11 @@ def _row_of_bytes(name: str, model: nn.Module, optimizer: FOOF, codec: str, plai
 
 def _reply_bytes(model: nn.Module, payload: bytes | None) -> int:
     """Of the records that a client's reply holds."""
+    # Imported here: in the processes of the runs Flower's logger keeps the stderr that it finds.
+    from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+    from fedpm_flwr import messages
+
     metrics = MetricRecord({messages.NUM_EXAMPLES: 1})
     content = RecordDict({messages.ARRAYS: ArrayRecord(model.state_dict()), messages.METRICS: metrics})
     if payload is not None:

@@ -76,7 +76,7 @@ def test_what_arrives_is_positive_semidefinite(
     assert torch.equal(found, found.mT)
     values = torch.linalg.eigvalsh(found)
     assert values[0] >= -1e-6 * values[-1]
-    assert torch.allclose(found.diagonal(), matrix.diagonal().double(), rtol=0.03, atol=0.03 * float(matrix.max()))
+    assert float(found.trace()) == pytest.approx(float(matrix.trace()), rel=0.03)
 
 
 @pytest.mark.parametrize("codec", ["triangle-bfloat16", "triangle-int8"])
@@ -105,18 +105,19 @@ def test_a_matrix_that_is_not_finite_is_not_sent() -> None:
             )
 
 
-def test_eigenvectors_come_nearer_one_by_one_and_keep_the_diagonal() -> None:
+def test_eigenvectors_come_nearer_one_by_one_and_keep_the_trace() -> None:
     matrix = moments(60, 200)
-    codecs = ("diagonal", *(f"rank-{r}" for r in (1, 2, 4, 8, 16)))
-    found = [as_matrix(arrived(matrix, codec), 60) for codec in codecs]
+    found = [as_matrix(arrived(matrix, f"rank-{r}"), 60) for r in (1, 2, 4, 8, 16)]
     errors = [relative_error(one, matrix) for one in found]
     assert all(later < earlier for earlier, later in pairwise(errors))
     assert errors[-1] < 0.03
     for one in found:
-        torch.testing.assert_close(one.diagonal(), matrix.diagonal().double(), rtol=0.02, atol=0.0)
+        assert float(one.trace()) == pytest.approx(float(matrix.trace()), rel=0.01)
+    diagonal = as_matrix(arrived(matrix, "diagonal"), 60)
+    torch.testing.assert_close(diagonal, matrix.double().diag().diag(), rtol=0.005, atol=0.0)
 
 
-def test_a_diagonal_and_a_few_eigenvectors_are_not_counted_twice() -> None:
+def test_the_rest_and_a_few_eigenvectors_are_not_counted_twice() -> None:
     """A spike beside white noise: the floor is the noise, and the eigenvalue of the spike is its own."""
     direction = torch.full((40,), 40**-0.5)
     matrix = torch.eye(40) + 9 * direction.outer(direction)

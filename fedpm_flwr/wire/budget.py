@@ -1,11 +1,11 @@
 """``codec="auto"``: a number of bytes, spent across layers where it buys most.
 
-A layer's curvature is sent by its diagonal and leading eigenvectors, or in full if that is no dearer. Mixing
-computes (Σ wᵢPᵢ)⁻¹ Σ wᵢPᵢΔᵢ with damped Pᵢ: a direction with eigenvalue μ ≫ λ that is left out is mixed by the
-wrong trust, one with μ ≪ λ is averaged anyway. So what an eigenvector buys is the square of the relative
+A layer's curvature is sent by its leading eigenvectors and a number for the rest, or in full if that is no dearer.
+Mixing computes (Σ wᵢPᵢ)⁻¹ Σ wᵢPᵢΔᵢ with damped Pᵢ: a direction with eigenvalue μ ≫ λ that is left out is mixed by
+the wrong trust, one with μ ≪ λ is averaged anyway. So what an eigenvector buys is the square of the relative
 error that its absence would make, (μ / (μ + λ))², as a share of what all of its layer's do. Every layer counts
-alike, and its diagonal as half of it; what buys most for its bytes is taken first. A layer for which there is not
-even the diagonal sends nothing, and is averaged.
+alike, and its first eigenvector as half of it at least; what buys most for its bytes is taken first. A layer for
+which there is not even that sends nothing, and is averaged.
 """
 
 import heapq
@@ -24,8 +24,8 @@ from .packed import Packed, layout, pack, size
 
 _HEADER, _TENSOR = 270, 75
 """Bytes of a payload's header, at most: for each layer, beside its names, and for each of its tensors."""
-_DIAGONAL = 0.5
-"""What a layer's diagonal buys of all that its curvature does; the eigenvectors share the rest."""
+_FIRST = 0.5
+"""What a layer's first eigenvector buys at least of all that its curvature does; all of them share the rest."""
 _MOST = 128
 """Eigenvectors that are looked at, of a matrix too large to have them all."""
 
@@ -83,17 +83,17 @@ def _offers(layer: LayerCurvature, bytes_allowed: float) -> list[Offer]:
 
 
 def _by_ranks(curvature: Curvature, damping: float, bytes_allowed: float, fixed: int) -> list[Offer]:
-    """The diagonal, then one more eigenvector at a time, of whichever part it buys most, at last all in full."""
+    """An eigenvector of each part, then one more at a time, where it buys most, at last all in full."""
     shapes = {part: tuple(getattr(curvature, part).shape) for part in sorted(curvature.symmetric)}
     vectors = []
     for part, shape in shapes.items():
         gains = _gains(getattr(curvature, part), damping / _other_side(curvature, part), bytes_allowed)
         vectors += [(gain / shape[-1], gain / len(shapes), part) for gain in gains]
-    ranks, gain = dict.fromkeys(shapes, 0), _DIAGONAL
-    steps = [(ranks, gain)]
+    ranks, gain, steps = dict.fromkeys(shapes, 0), _FIRST, list[tuple[dict[str, int], float]]()
     for _, more, part in sorted(vectors, key=lambda vector: -vector[0]):
-        ranks, gain = ranks | {part: ranks[part] + 1}, gain + (1 - _DIAGONAL) * more
-        steps.append((ranks, gain))
+        ranks, gain = ranks | {part: ranks[part] + 1}, gain + (1 - _FIRST) * more
+        if all(ranks.values()):
+            steps.append((ranks, gain))
     steps.append(({part: shape[-1] for part, shape in shapes.items()}, 1.0))
     return [
         Offer(fixed + _bytes(ranks, shapes), gain, partial(of_rank, curvature, ranks)) for ranks, gain in steps

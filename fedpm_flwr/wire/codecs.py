@@ -9,7 +9,7 @@ from .low_rank import Spectral
 from .positions import Positions
 from .rounded_factor import RoundedFactor
 from .triangle import Triangle
-from .values import Int8Columns, Values
+from .values import Constant, Int8Columns, Values
 
 _MATRICES: dict[str, PartCodec] = {
     "triangle-float64": Triangle(torch.float64),
@@ -22,6 +22,7 @@ _OTHERS: dict[str, PartCodec] = {
     "values-float32": Values(torch.float32),
     "values-bfloat16": Values(torch.bfloat16),
     "columns-int8": Int8Columns(),
+    "constant": Constant(),
 }
 _NUMBERED: dict[str, type[Spectral] | type[Positions]] = {"spectral": Spectral, "positions": Positions}
 _NUMBER = re.compile(r"(\w+)-(0|[1-9]\d{0,6})")

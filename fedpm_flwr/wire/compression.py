@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | ``triangle-float64``, ``-float32`` | its triangle | 8 or 4 · n(n + 1)/2 |
 | ``triangle-bfloat16``, ``-int8`` | its rounded Cholesky factor (``rounded_factor``) | 2 or 1 · n(n + 1)/2 + 4n |
-| ``rank-8`` | 8 leading eigenvectors and a diagonal (``low_rank``) | 8(n + 4) + 2n |
+| ``rank-8`` | 8 leading eigenvectors, and a number for the rest (``low_rank``) | 8(n + 4) + 4 |
 | ``rank-0.9`` | so many that they hold 0.9 of the trace | – |
 | ``positions`` | of convolutions: channels ⊗ kernel positions (``positions``); others as ``triangle-int8`` | – |
 | ``diagonal`` | its diagonal | 2n |
@@ -83,7 +83,7 @@ def _one_factor(curvature: KroneckerRight, rank: int) -> Packed:
     if _cheaper(rank, shape) == INT8:
         return pack(curvature, {"factor": INT8})
     shapes = {FLOOR: shape[:1], BASIS: (shape[0], rank)}
-    codecs = {FLOOR: "values-bfloat16", BASIS: "columns-int8"}
+    codecs = {FLOOR: "constant", BASIS: "columns-int8"}
     return Packed(LowRank.kind, shapes, codecs, Spectral(rank).pack(factor))
 
 

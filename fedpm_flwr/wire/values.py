@@ -9,6 +9,7 @@ from .layout import Layout
 
 VALUES = "values"
 SCALE = "scale"
+VALUE = "value"
 LARGEST = 127
 """Of the whole numbers of 8 bits, used alike on both sides of 0."""
 
@@ -44,3 +45,16 @@ class Int8Columns:
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         return tensors[VALUES].float() * tensors[SCALE]
+
+
+class Constant:
+    """A vector, or each row of several, of equal numbers, by one of them."""
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        return {VALUE: (torch.float32, shape[:-1])}
+
+    def pack(self, part: Tensor) -> dict[str, Tensor]:
+        return {VALUE: part[..., 0].to("cpu", torch.float32).clone()}
+
+    def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        return tensors[VALUE][..., None].expand(shape).clone()
