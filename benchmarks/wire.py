@@ -195,7 +195,7 @@ def plot(runs: Mapping[str, Sequence[Rounds]], path: Path) -> None:
     for label, found in runs.items():
         accuracies = [statistics.fmean(run[i]["test-accuracy"] for run in found) for i in range(len(found[0]))]
         axes.plot(_megabytes(found[0])[1:], accuracies[1:], marker=".", label=label)
-    axes.set(xlabel="MB from clients to server", ylabel="test accuracy, mean over seeds", xscale="log")
+    axes.set(xlabel="MB from clients to server", ylabel="test accuracy, mean over seeds")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
