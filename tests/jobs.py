@@ -39,13 +39,14 @@ def job_on(
     loss: Loss,
     seed: int,
     state: ClientState,
+    whole: Sequence[Examples] | None = None,
 ) -> Job:
     return Job(
         config=config,
         request=request,
         model=model,
         batches=batches,
-        whole=batches,
+        whole=batches if whole is None else whole,
         examples=sum(len(x) for x, _ in batches),
         steps_an_epoch=len(batches),
         loss=loss,
@@ -106,6 +107,7 @@ def answer(
     batches: Sequence[Examples],
     common: dict[str, Tensor] | None = None,
     folder: Path | None = None,
+    whole: Sequence[Examples] | None = None,
 ) -> Message:
     """A client's reply to a request of round 2, of cross-entropy; with this c, and cᵢ = 0."""
     asked: dict[str, Any] = {messages.SERVER_ROUND: 2, messages.CURVATURE_CODEC: config.codec}
@@ -118,5 +120,5 @@ def answer(
     with _task_identity(1):
         request = Message(content, dst_node_id=1, message_type="train")
         request.metadata.__dict__["_message_id"] = "1"
-        job = job_on(batches, config, request, model, F.cross_entropy, 0, state)
+        job = job_on(batches, config, request, model, F.cross_entropy, 0, state, whole)
         return get_algorithm(config.algorithm).client(job)

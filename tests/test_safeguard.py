@@ -1,5 +1,6 @@
 """Which of its local steps a client of corrected FedPM keeps."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from fedpm_flwr.method import Job
 from fedpm_flwr.objective import Objective
 from fedpm_flwr.replies import read_curvature
 
-from .jobs import answer
+from .jobs import Examples, answer
 from .logistic import BASE, IN, batches_of, client_data, make_model
 
 
@@ -121,3 +122,28 @@ def test_without_a_pair_batches_are_fedpms(tmp_path: Path) -> None:
     reply = answer(config, make_model(), batches_of(1, 10))
     plain = answer(replace(config, algorithm="fedpm"), make_model(), batches_of(1, 10))
     assert torch.equal(model_of(reply)["theta.weight"], model_of(plain)["theta.weight"])
+
+
+class Passes(list[Examples]):
+    """Batches that count how often somebody goes through them."""
+
+    taken = 0
+
+    def __iter__(self) -> Iterator[Examples]:
+        self.taken += 1
+        return super().__iter__()
+
+
+def passes(algorithm: str, folder: Path) -> int:
+    """How often its client goes through the batches that it trains on."""
+    config = replace(BASE, algorithm=algorithm, local_steps=6, learning_rate=0.5, damping=1.0, batch_size=10)
+    batches, whole = Passes(batches_of(1, 10)), batches_of(1, 10)
+    common = pair(50.0) if algorithm == "fedpm-corrected" else None
+    answer(config, make_model(), batches, common, folder, whole=whole)
+    return batches.taken - 1  # once to count the examples
+
+
+def test_gradients_of_the_whole_data_take_no_batches(tmp_path: Path) -> None:
+    """Shuffled and augmented batches are those that they would be without such gradients."""
+    assert passes("fedpm-corrected", tmp_path) == passes("fedpm", tmp_path) > 0
+    assert passes("fednew", tmp_path) == 0
