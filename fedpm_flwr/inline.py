@@ -5,11 +5,10 @@ here works over a network; node IDs are random, as they are there.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from flwr.app import Context, Error, Message, RecordDict, UserConfigValue
-from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import (
     context_from_proto,
@@ -24,6 +23,9 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from .messages import NUM_PARTITIONS, PARTITION_ID
+
+Client = Callable[[Message, Context], Message]
+"""A ClientApp, or what is called like one."""
 
 _ID_BITS = 63
 
@@ -43,7 +45,7 @@ class InlineGrid(Grid):
 
     def __init__(
         self,
-        client_app: ClientApp,
+        client_app: Client,
         num_supernodes: int,
         run_config: Mapping[str, UserConfigValue],
         seed: int | None = None,
@@ -108,7 +110,7 @@ class InlineGrid(Grid):
 
 def run_inline(
     server_app: ServerApp,
-    client_app: ClientApp,
+    client_app: Client,
     num_supernodes: int,
     run_config: Mapping[str, UserConfigValue] | None = None,
     seed: int | None = None,

@@ -98,7 +98,8 @@ class ClientState:
                 expected = {"format": _FORMAT, "version": _VERSION, "round": str(number)}
                 if metadata != expected:
                     raise ValueError(f"it says {json.dumps(metadata)}, not {json.dumps(expected)}")
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+                names: list[str] = file.keys()
+                return {name: file.get_tensor(name) for name in names}
         except (OSError, ValueError, SafetensorError) as error:
             _log.warning("client state %s cannot be used, the client goes on without it: %s", path, error)
             return {}

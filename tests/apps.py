@@ -1,7 +1,8 @@
 """Small Flower apps in the shape that users write, on the library alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fedpm_flwr import messages
 from fedpm_flwr.inline import run_inline
 from fedpm_flwr.optim import FOOF
+from fedpm_flwr.reproducible import PartitionOrderedGrid
 from fedpm_flwr.training import Loss, fit
 
 Data = Callable[[int], tuple[Tensor, Tensor]]
@@ -24,9 +26,9 @@ def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * (outputs - targets).square().sum(dim=1).mean()
 
 
-def regression_client(data: Data, make_model: Callable[[], nn.Module], **options: float) -> ClientApp:
+def regression_client(data: Data, make_model: Callable[[], nn.Module], **options: Any) -> ClientApp:
     """One full-batch FOOF step a round on ½‖Wx − y‖²."""
-    return full_batch_client(data, make_model, half_squared_error, partial(FOOF, **options))  # type: ignore[arg-type]
+    return full_batch_client(data, make_model, half_squared_error, partial(FOOF, **options))
 
 
 def full_batch_client(
@@ -47,10 +49,7 @@ def full_batch_client(
         result = fit(model, [(x, y)], optimizer, loss)
         return messages.train_reply(message, model, {"num-examples": len(x), "loss": result.loss}, optimizer)
 
-    @app.query(messages.PARTITION_ACTION)
-    def partition(message: Message, context: Context) -> Message:
-        return messages.partition_reply(message, context)
-
+    tell_partitions(app)
     return app
 
 
@@ -83,9 +82,27 @@ def federate(
     return results[0]
 
 
-def reply_with(request: Message, arrays: ArrayRecord, metrics: dict[str, float], **records: object) -> Message:
+def tell_partitions(app: ClientApp) -> None:
+    """Let the app's nodes say which partition they hold."""
+
+    @app.query(messages.PARTITION_ACTION)
+    def partition(message: Message, context: Context) -> Message:
+        return messages.partition_reply(message, context)
+
+
+def ordered(grid: Grid) -> Grid:
+    """With node IDs and replies in the order of partitions."""
+    return PartitionOrderedGrid(grid, 0)
+
+
+def reply_with(
+    request: Message,
+    arrays: ArrayRecord,
+    metrics: Mapping[str, float | list[float]],
+    **records: ArrayRecord | MetricRecord | ConfigRecord,
+) -> Message:
     """A training reply with whatever a test wants in it."""
     content = RecordDict({messages.ARRAYS: arrays, messages.METRICS: MetricRecord({**metrics})})
     for name, record in records.items():
-        content[name] = record  # type: ignore[assignment]
+        content[name] = record
     return Message(content, reply_to=request)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from fedpm_flwr import messages
@@ -17,11 +16,10 @@ from fedpm_flwr.config import Config
 from fedpm_flwr.control_variates import VARIATE_ROUND
 from fedpm_flwr.inline import _task_identity
 from fedpm_flwr.method import Job, Method
-from fedpm_flwr.reproducible import PartitionOrderedGrid
 from fedpm_flwr.state import ClientState
 from fedpm_flwr.training import Loss, derive_seed
 
-from .apps import Data
+from .apps import Data, tell_partitions
 
 Spoil = Callable[[Job, int, Message], Message | None]
 """Sees each reply with its job and partition; may change it, put another in its place, or raise."""
@@ -90,15 +88,8 @@ def app_of(
         job = job_of(message, messages.partition_of(context)[0])
         return messages.metrics_reply(message, job.metrics | (method.evaluate(job) if method.evaluate else {}))
 
-    @app.query(messages.PARTITION_ACTION)
-    def partition(message: Message, context: Context) -> Message:
-        return messages.partition_reply(message, context)
-
+    tell_partitions(app)
     return app
-
-
-def ordered(grid: Grid) -> Grid:
-    return PartitionOrderedGrid(grid, 0)
 
 
 def answer(

@@ -23,8 +23,8 @@ from fedpm_flwr.method import Job
 from fedpm_flwr.objective import Objective
 from fedpm_flwr.replies import read_tensors
 
-from .apps import federate
-from .jobs import Examples, Spoil, app_of, ordered, untouched
+from .apps import federate, ordered
+from .jobs import Examples, Spoil, app_of, untouched
 from .logistic import BASE, SIZES, client_data, make_model, minimiser
 
 

@@ -256,8 +256,8 @@ def test_stacks_of_different_groups_are_summed_all_the_same() -> None:
     generator = torch.Generator().manual_seed(13)
     forms = [KroneckerRight(torch.stack([spd(COLUMNS, generator) for _ in range(g)])) for g in (2, 3, 1, 3, 2)]
     total = weighted_sum([1.0] * 5, forms)
-    expected = sum(form.to_dense(SIZE) for form in forms)
-    assert relative_error(total.to_dense(SIZE), expected) < 1e-12  # type: ignore[arg-type]
+    expected = torch.stack([form.to_dense(SIZE) for form in forms]).sum(0)
+    assert relative_error(total.to_dense(SIZE), expected) < 1e-12
     rhs = torch.randn(ROWS, COLUMNS, dtype=torch.float64, generator=generator)
     assert relative_error(total.matmul(total.solve(rhs)), rhs) < 1e-10
 

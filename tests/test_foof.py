@@ -252,13 +252,13 @@ def test_param_groups_schedulers_and_closures(layer: nn.Linear, x: Tensor) -> No
 def test_state_dict_round_trip(x: Tensor) -> None:
     torch.manual_seed(5)
     first = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-    options = {"lr": 0.1, "damping": 0.1, "refresh_interval": 2, "inverse_interval": 3}
-    one = FOOF(first, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"lr": 0.1, "damping": 0.1, "refresh_interval": 2, "inverse_interval": 3}
+    one = FOOF(first, **options)
     for _ in range(3):
         backward(first, x)
         one.step()
     second = copy.deepcopy(first)
-    two = FOOF(second, **options)  # type: ignore[arg-type]
+    two = FOOF(second, **options)
     two.load_state_dict(one.state_dict())
     for _ in range(4):
         for model, optimizer in ((first, one), (second, two)):
@@ -271,9 +271,9 @@ def test_state_dict_round_trip(x: Tensor) -> None:
 @pytest.mark.parametrize(
     "wrong", [{"lr": -1.0}, {"damping": -1.0}, {"ema": 1.5}, {"refresh_interval": 0}, {"codec": "zip"}]
 )
-def test_arguments_out_of_range(layer: nn.Linear, wrong: dict[str, float]) -> None:
+def test_arguments_out_of_range(layer: nn.Linear, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"must be|between|unknown codec"):
-        FOOF(layer, **wrong)  # type: ignore[arg-type]
+        FOOF(layer, **wrong)
 
 
 def test_frozen_parameters_and_missing_gradients_are_left_alone(x: Tensor) -> None:

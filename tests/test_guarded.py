@@ -6,16 +6,14 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
 from torch import nn
 
 from fedpm_flwr import messages
 from fedpm_flwr.guarded import FailedRoundsError, Guarded
-from fedpm_flwr.reproducible import PartitionOrderedGrid
 from fedpm_flwr.strategy import FedPM
 
-from .apps import federate, reply_with
+from .apps import federate, ordered, reply_with, tell_partitions
 
 
 class GuardedFedAdam(Guarded, FedAdam):
@@ -53,15 +51,8 @@ def client(bad: dict[int, set[int]], metrics: dict[str, float] | None = None) ->
             return messages.metrics_reply(message, {"num-examples": 0})
         return messages.metrics_reply(message, {"num-examples": 1, "loss": float(partition)})
 
-    @app.query(messages.PARTITION_ACTION)
-    def partition(message: Message, context: Context) -> Message:
-        return messages.partition_reply(message, context)
-
+    tell_partitions(app)
     return app
-
-
-def ordered(grid: Grid) -> Grid:
-    return PartitionOrderedGrid(grid, 0)
 
 
 def stays(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -105,13 +106,14 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 def patches_by_convolution(layer: Convolution, images: Tensor) -> Tensor:
     """Patches as the convolution itself sees them, [groups, positions, side]: its outputs for one-hot weights."""
     size = layer.weight[0].numel()
-    probe = type(layer)(
+    make: Any = type(layer)  # the arguments of one kind each
+    probe = make(
         layer.in_channels,
         layer.groups * size,
-        layer.kernel_size,  # type: ignore[arg-type]
-        layer.stride,  # type: ignore[arg-type]
-        layer.padding,  # type: ignore[arg-type]
-        layer.dilation,  # type: ignore[arg-type]
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
         layer.groups,
         bias=False,
         padding_mode=layer.padding_mode,
@@ -127,13 +129,13 @@ def patches_by_convolution(layer: Convolution, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-def test_every_convolution(kind: type[Convolution], groups: int, padding: int | str, padding_mode: str) -> None:
+def test_every_convolution(kind: Any, groups: int, padding: int | str, padding_mode: str) -> None:
     """Any number of dimensions, groups, dilation, and stride where the padding allows it."""
     torch.manual_seed(2)
     dimensions = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[kind]
     kernel, dilation = (3, 2, 2)[:dimensions], (1, 2, 1)[:dimensions]
     stride = 1 if padding == "same" else (2, 1, 1)[:dimensions]
-    layer = kind(4, 8, kernel, stride, padding, dilation, groups, False, padding_mode).double()  # type: ignore[arg-type]
+    layer = kind(4, 8, kernel, stride, padding, dilation, groups, False, padding_mode).double()
     images = torch.randn(3, 4, *(6, 5, 4)[:dimensions], dtype=torch.float64)
     patches = patches_by_convolution(layer, images)
     expected = patches.mT @ patches / patches.shape[1]

@@ -1,6 +1,7 @@
 """K-FAC's factors against curvlinops, per-example sums by autograd, and the exact Gauss-Newton matrix."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +40,9 @@ def batch(loss: str, examples: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def measure(
-    model: nn.Module, x: Tensor, y: Tensor, loss: str, fisher: str, **options: int
+    model: nn.Module, x: Tensor, y: Tensor, loss: str, fisher: str, **options: Any
 ) -> dict[str, Kronecker]:
-    estimator = KroneckerFactors(model, fisher, loss, **options)  # type: ignore[arg-type]
+    estimator = KroneckerFactors(model, fisher, loss, **options)
     LOSSES[loss](model(x), y).backward()
     found = estimator.collect()
     assert all(isinstance(P, Kronecker) for P in found.values())

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -73,8 +74,8 @@ def test_of_empty_sequences_no_position_is_taken() -> None:
     assert estimator.collect() == {}
 
 
-def found(model: nn.Module, **options: int) -> tuple[list[str], list[str]]:
-    layers, left_out = find_layers(model, set(model.parameters()), 100, **options)  # type: ignore[arg-type]
+def found(model: nn.Module, **options: Any) -> tuple[list[str], list[str]]:
+    layers, left_out = find_layers(model, set(model.parameters()), 100, **options)
     return [layer.block.name for layer in layers], left_out
 
 

@@ -85,7 +85,8 @@ def test_one_round_is_the_step_by_the_decoded_curvature(
         layer = LayerCurvature(Block("", ("weight", "bias")), KroneckerRight(exact), damping)
         ((arrived),) = pack_layers([layer], codec, dict(model.named_parameters()))
         curvature += weight * arrived.curvature.damped(damping).to_dense(IN + 1)
-        gradient += weight * joint({"weight": model.weight.grad, "bias": model.bias.grad})  # type: ignore[dict-item]
+        gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        gradient += weight * joint(gradients)
     step = torch.linalg.solve(curvature, gradient.T).T
     expected = joint(dict(make_model().state_dict())) - rate * server_rate * step
     assert relative_error(joint(result.arrays.to_torch_state_dict()), expected) < 1e-10

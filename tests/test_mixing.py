@@ -10,6 +10,7 @@ I1 is here at the level of one layer; through a whole round it is in test_least_
 test_newton_step.py.
 """
 
+import random
 from dataclasses import dataclass
 
 import pytest
@@ -147,10 +148,10 @@ def test_i4_equal_models_give_that_model(given: Clients) -> None:
 
 
 @given(clients(), st.randoms(use_true_random=False), st.floats(1e-3, 1e3))
-def test_i5_order_and_scale_do_not_matter(given: Clients, order: object, scale: float) -> None:
+def test_i5_order_and_scale_do_not_matter(given: Clients, order: random.Random, scale: float) -> None:
     before = given.mixed()
     places = list(range(len(given.models)))
-    order.shuffle(places)  # type: ignore[attr-defined]
+    order.shuffle(places)
     given.models = [given.models[i] for i in places]
     given.weights = [given.weights[i] for i in places]
     given.curvatures = [given.curvatures[i].scaled(scale) for i in places]

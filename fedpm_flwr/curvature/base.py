@@ -14,6 +14,7 @@ class CurvatureError(ValueError):
     """A curvature is not positive definite, not finite, or of the wrong size."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Operator(ABC):
     """A symmetric matrix that acts on a layer's change Δ, a matrix [rows, columns].
 
@@ -30,8 +31,7 @@ class Operator(ABC):
     @classmethod
     def part_names(cls) -> list[str]:
         """The names of P's tensors."""
-        # mypy cannot know that every kind is a dataclass; a kind that is none fails here at once.
-        return [field.name for field in dataclasses.fields(cls) if field.type is Tensor]  # type: ignore[arg-type]
+        return [field.name for field in dataclasses.fields(cls) if field.type is Tensor]
 
     def parts(self) -> dict[str, Tensor]:
         """P's tensors by name."""
@@ -43,7 +43,7 @@ class Operator(ABC):
 
     def with_parts(self, parts: Mapping[str, Tensor]) -> Self:
         """P with these tensors, by name, in place of its own."""
-        return dataclasses.replace(self, **parts)  # type: ignore[type-var]  # as above
+        return dataclasses.replace(self, **parts)
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Self:
         """P with its tensors of this dtype, on this device."""

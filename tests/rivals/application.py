@@ -1,17 +1,14 @@
 """Short runs of the application on digits."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-
-from flwr.app import Context, Message
 
 import client_app
 import server_app
 from fedpm_flwr.config import Config
-from fedpm_flwr.inline import run_inline
+from fedpm_flwr.inline import Client, run_inline
 
-Client = Callable[[Message, Context], Message]
 Row = dict[str, float]
 
 
@@ -19,8 +16,7 @@ def digits(folder: Path, settings: Mapping[str, object], client: Client = client
     """The rows of a short run of the application on digits, by four nodes."""
     given = {"num-server-rounds": 3, "alpha": 10.0, "model": "mlp", "output": str(folder), **settings}
     config = Config.from_run_config({**given, "state-folder": str(folder / "state")})
-    # all that it does with a client is to call it
-    run_inline(server_app.app, client, 4, config.to_run_config())  # type: ignore[arg-type]
+    run_inline(server_app.app, client, 4, config.to_run_config())
     rows: list[Row] = json.loads((folder / "metrics.json").read_text())
     return rows
 

@@ -27,8 +27,8 @@ from fedpm_flwr.method import Job, Method
 from fedpm_flwr.replies import read_tensors
 from fedpm_flwr.training import Loss
 
-from ..apps import Data, federate, half_squared_error
-from ..jobs import Examples, Spoil, app_of, ordered, untouched
+from ..apps import Data, federate, half_squared_error, ordered
+from ..jobs import Examples, Spoil, app_of, untouched
 
 
 def two_quadratics(partition: int) -> Examples:

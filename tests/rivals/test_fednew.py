@@ -15,8 +15,8 @@ from fedpm_flwr.config import Config
 from fedpm_flwr.method import Job
 from fedpm_flwr.rivals.fednew import COUNTED, METHOD, VOID
 
-from ..apps import federate, half_squared_error
-from ..jobs import app_of, ordered
+from ..apps import federate, half_squared_error, ordered
+from ..jobs import app_of
 from ..test_application import run
 from .quadratic import BAD, make_linear, optimum, random_rows, rows, spoiling, train
 

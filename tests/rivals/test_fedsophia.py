@@ -15,9 +15,9 @@ from fedpm_flwr.estimators import GaussNewtonBartlett
 from fedpm_flwr.rivals.fedsophia import METHOD
 from fedpm_flwr.training import derive_seed
 
-from ..apps import federate
+from ..apps import federate, ordered
 from ..helpers import relative_error
-from ..jobs import app_of, ordered
+from ..jobs import app_of
 from .application import check_learns
 from .quadratic import BROKEN, broken_arrays, check_left_out, theta_after
 
