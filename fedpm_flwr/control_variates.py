@@ -30,16 +30,21 @@ def pair(request: Message, state: ClientState, gradient: Mapping[str, Tensor]) -
     That is so where the server has no cᵢ of this client, or one that the client itself no longer has.
     ``gradient`` is ∇fᵢ(θ), which is cᵢ where the request's c is of this very round.
     """
-    asked = messages.asked(request, VARIATE_ROUND)
-    if asked is None:
+    counted = counted_round(request)
+    if counted is None:
         return {}
-    fresh = int(asked) == messages.server_round_of(request)
-    own = gradient if fresh else state.load(int(asked))
+    own = gradient if counted == messages.server_round_of(request) else state.load(counted)
     if not own:
         return {}
     common = read_tensors(request.content)
     here = {name: value for name, value in gradient.items() if name in own and name in common}
     return {name: common[name].to(value) - own[name].to(value) for name, value in here.items()}
+
+
+def counted_round(request: Message) -> int | None:
+    """The round whose cᵢ the server counts on, if any."""
+    asked = messages.asked(request, VARIATE_ROUND)
+    return None if asked is None else int(asked)
 
 
 def read_variate(reply: Message, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -104,7 +109,8 @@ class Variates:
     def add(self, node: int, server_round: int, variate: Mapping[str, Tensor], weight: float) -> None:
         """Write a client's new cᵢ to disk; if that fails, its last one stands, and the log says so."""
         try:
-            self._state(node).save(server_round, variate)
+            counted, _ = self._newest.get(node, (None, 0.0))
+            self._state(node).save(server_round, variate, counted)
         except OSError as error:
             _log.warning("a control variate could not be written, the client's last one stands: %s", error)
             return

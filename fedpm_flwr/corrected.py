@@ -56,7 +56,7 @@ def client(job: Job) -> Message:
         stepped = _step_by_step(job, objective, gradient, addition)
     else:
         stepped = _all_or_none(job, objective, gradient, addition)
-    job.keep(own)
+    job.keep(own, variates.counted_round(job.request))
     return job.reply(stepped, own)
 
 

@@ -93,10 +93,13 @@ class Job:
             return {}
         return {key: value.to(self.device) for key, value in read_tensors(self.request.content).items()}
 
-    def keep(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep these tensors for later rounds; a disk that cannot take them costs the state, not the reply."""
+    def keep(self, tensors: Mapping[str, Tensor], counted: int | None = None) -> None:
+        """Keep these tensors for later rounds; a disk that cannot take them costs the state, not the reply.
+
+        ``counted``: the round whose state the server still counts on, until it counts this one's.
+        """
         try:
-            self.state.save(self.server_round, tensors)
+            self.state.save(self.server_round, tensors, counted)
         except OSError as error:
             _log.warning("client state could not be written, later rounds go on without it: %s", error)
 

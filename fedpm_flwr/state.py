@@ -35,9 +35,10 @@ def default_folder() -> Path:
 class ClientState:
     """Named tensors of one client in one run, by round: ``folder/run/client/round.safetensors``.
 
-    Files appear whole or not at all. The last two rounds of a client are kept, and of a folder the
-    eight runs that were used last. A file that cannot be read, or is of another version, is as if it
-    were not there: the methods that keep state go on without it, and the log says so.
+    Files appear whole or not at all. The last two rounds of a client are kept, and any that the server
+    still counts on; of a folder, the eight runs that were used last. A file that cannot be read, or is of
+    another version, is as if it were not there: the methods that keep state go on without it, and the log
+    says so.
 
     Args:
         folder: of all runs; None: ``default_folder()``.
@@ -56,8 +57,8 @@ class ClientState:
         self._runs = self._root / run
         self._folder = self._runs / client
 
-    def save(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep these tensors as the state after round ``number``.
+    def save(self, number: int, tensors: Mapping[str, Tensor], counted: int | None = None) -> None:
+        """Keep these tensors as the state after round ``number``, and of older ones that of round ``counted`` too.
 
         Raises:
             OSError: the folder cannot be written to; or the default one is another user's, who has made it first.
@@ -81,7 +82,8 @@ class ClientState:
                 raise OSError(f"{part}: {error}") from error
             raise
         for old in self.rounds()[:-_KEPT_ROUNDS]:
-            self._path(old).unlink(missing_ok=True)
+            if old != counted:
+                self._path(old).unlink(missing_ok=True)
 
     def load(self, number: int | None = None) -> dict[str, Tensor]:
         """The state after round ``number``, by default the newest; empty: there is none."""
@@ -106,6 +108,8 @@ class ClientState:
 
     def rounds(self) -> list[int]:
         """The rounds that there is a state of, in order."""
+        if self._is_default and not _is_own(self._root):
+            return []
         names = [path.name.removesuffix(_SUFFIX) for path in self._folder.glob(f"*{_SUFFIX}")]
         return sorted(int(name) for name in names if name.isdecimal())
 
@@ -123,10 +127,17 @@ class ClientState:
 def _make_private(folder: Path) -> None:
     """In a place that all may write to, such as /tmp, a folder that is ours alone."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "getuid") and found.st_uid != os.getuid()):
+    if not _is_own(folder):
         raise OSError(f"{folder} is not a folder of this user's own; state-folder names another")
     folder.chmod(0o700)
+
+
+def _is_own(folder: Path) -> bool:
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and (not hasattr(os, "getuid") or found.st_uid == os.getuid())
 
 
 def _last_used(run: Path) -> float:

@@ -149,6 +149,7 @@ class FedPM(Guarded):
 
     def accepted(self, server_round: int) -> None:
         """The clients' control variates of this round count."""
+        super().accepted(server_round)
         if self._variates is not None:
             self._variates.commit()
 

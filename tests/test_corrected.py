@@ -247,6 +247,21 @@ def test_a_failed_round_does_not_count(optimum: Tensor, tmp_path: Path) -> None:
     assert (theta - optimum).norm() < 1e-12
 
 
+@pytest.mark.parametrize("gone", ["replies", "rounds"])
+def test_failures_in_a_row_leave_the_pair_that_counts(gone: str, optimum: Tensor, tmp_path: Path) -> None:
+    """Four replies of one client, or four whole rounds: both sides still have the pair of before."""
+    corrected: dict[tuple[int, int], int] = {}
+
+    def fail(job: Job, partition: int, reply: Message) -> None:
+        corrected[partition, job.server_round] = corrected_steps(reply)
+        if 5 <= job.server_round <= 8 and (partition == 1 or gone == "rounds"):
+            raise ConnectionError("gone")
+
+    theta, _ = run(BASE, tmp_path, 22, spoil=fail, max_failed_rounds=5)
+    assert {corrected[partition, 9] for partition in range(6)} == {3}
+    assert (theta - optimum).norm() < 1e-12
+
+
 def test_a_full_disk_costs_the_correction_and_not_the_run(
     optimum: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

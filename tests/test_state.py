@@ -40,6 +40,15 @@ def test_the_last_two_rounds_and_the_last_eight_runs_are_kept(tmp_path: Path) ->
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_the_round_that_is_counted_on_is_kept(tmp_path: Path) -> None:
+    state = ClientState(tmp_path, "run", "a")
+    for number in range(1, 6):
+        state.save(number, one(number), counted=2)
+    assert state.rounds() == [2, 4, 5]
+    state.save(6, one(6), counted=5)
+    assert state.rounds() == [5, 6]
+
+
 def test_what_is_not_ours_is_never_deleted(tmp_path: Path) -> None:
     """The folder may be one that holds other things too, or lead elsewhere."""
     elsewhere = tmp_path / "elsewhere"
@@ -135,6 +144,8 @@ def test_a_default_folder_that_leads_elsewhere_is_refused(tmp_path: Path, monkey
     with pytest.raises(OSError, match="is not a folder of this user's own; state-folder names another"):
         ClientState(None, "run", "a").save(1, one(1.0))
     assert not list((tmp_path / "elsewhere").iterdir())
+    ClientState(tmp_path / "elsewhere", "run", "a").save(1, one(1.0))
+    assert ClientState(None, "run", "a").load() == {}
 
 
 def test_a_really_full_disk_is_an_os_error(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ fixed point is not the optimum if clients differ.
 Where the source is silent, or we differ: its mean is uniform, wᵢ = 1/n, and all clients take part in all
 rounds; its server adds Σ λᵢ/(nρ) to the mean, which is 0 (the authors' code); it takes fᵢ as sums over examples,
 so that its α and ρ are in other units. Where Hᵢ + (α + ρ)I is not positive definite, α + ρ is raised tenfold
-until it is. Two replies in a row that are left out are as good as a lost state: clients keep two rounds.
+until it is.
 """
 
 from collections.abc import Iterable
@@ -98,6 +98,7 @@ class FedNew(DirectionMean):
 
     def accepted(self, server_round: int) -> None:
         """The round counts for its clients; one that fails after all counts for none."""
+        super().accepted(server_round)
         assert self._pending is not None  # of this round's combine
         direction, nodes, lost = self._pending
         self._directions[server_round] = direction
@@ -129,7 +130,7 @@ def _client(job: Job) -> Message:
     state = {_DUAL: dual, DIRECTION: direction}
     if job.config.fednew_refresh != 1:
         state |= {_HESSIAN: hessian, _MEASURED: torch.tensor(measured)}
-    job.keep(state)
+    job.keep(state, int(messages.asked(job.request, COUNTED) or 0))
     job.metrics |= {DAMPING: used, LOST: int(lost)}
     return job.reply_tensors({DIRECTION: direction})
 

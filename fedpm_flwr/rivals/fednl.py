@@ -21,10 +21,9 @@ Inferred, the source being silent or different:
   gradients corrected by Hᵢ.) Here ∇f is the mean over the participants; H and l over all clients that the
   server knows, those that do not take part with their last Hᵢ, lᵢ and nᵢ; only the participants' Hᵢ move.
 - A client without its state, or new. The server counts Hᵢ of each node on its own, and each request says of
-  which round the client's Hᵢ must be. A client that has it not (lost, or its reply never arrived twice in a
-  row) starts anew, as at first, and says so; the server then forgets the Hᵢ that it had. So both sides always
-  have the same Hᵢ, up to rounding. If a round fails, or a reply is left out, Hᵢ stays on both sides: clients
-  keep two rounds.
+  which round the client's Hᵢ must be. A client that has lost it starts anew, as at first, and says so; the
+  server then forgets the Hᵢ that it had. So both sides always have the same Hᵢ, up to rounding. If a round
+  fails, or a reply is left out, Hᵢ stays on both sides.
 - The server's Hᵢ are in memory: d² numbers for each client that ever took part.
 """
 
@@ -65,7 +64,7 @@ def client(job: Job) -> Message:
     known = job.state.load(counted).get(_HESSIAN) if counted else None
     extra = {GRADIENT: objective.gradient()}
     if known is None and job.config.initial_hessian == "exact":
-        job.keep({_HESSIAN: hessian})
+        job.keep({_HESSIAN: hessian}, counted)
         return job.reply(extra=extra | {START: lower_triangle(hessian)})
     if known is None:
         counted, known = 0, torch.zeros_like(hessian)
@@ -74,7 +73,7 @@ def client(job: Job) -> Message:
     # Restored from what travels, on the CPU: the same Hᵢ as the server's.
     sent = {key: part.cpu() for key, part in compressor.compress(difference, job.config.compressor_size).items()}
     learned = compressor.restore(sent, len(hessian))
-    job.keep({_HESSIAN: known.cpu() + job.config.hessian_learning_rate * learned})
+    job.keep({_HESSIAN: known.cpu() + job.config.hessian_learning_rate * learned}, counted)
     base = hessian.new_tensor([counted])
     return job.reply(extra=extra | sent | {BASE: base, ERROR: difference.norm().reshape(1)})
 

@@ -81,6 +81,7 @@ class ServerStep(Guarded):
 
     def accepted(self, server_round: int) -> None:
         """The step counts."""
+        super().accepted(server_round)
         self.step_taken(server_round, self._stepped)
 
     def step_taken(self, server_round: int, kept: Sequence[tuple[Message, Update]]) -> None:

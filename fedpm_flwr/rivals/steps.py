@@ -42,6 +42,7 @@ class StepTeller(Guarded):
 
     def accepted(self, server_round: int) -> None:
         """s is that of this round."""
+        super().accepted(server_round)
         self._step = self._next_step
 
     def combine(

@@ -171,8 +171,8 @@ class Watched:
     [
         (set(), set(), []),
         ({(2, 1)}, set(), [(3, 1)]),
-        (set(), {(3, 1)}, []),  # the client has the round before as well
-        (set(), {(2, 1), (3, 1)}, [(4, 1)]),
+        (set(), {(3, 1)}, []),  # the client has the one that the server counts on as well
+        (set(), {(2, 1), (3, 1), (4, 1)}, []),
         (set(), {(1, 1)}, [(2, 1)]),
     ],
 )
