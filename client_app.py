@@ -12,11 +12,12 @@ from fedpm_flwr import messages
 from fedpm_flwr.algorithms import get_algorithm
 from fedpm_flwr.config import Config
 from fedpm_flwr.method import Job
+from fedpm_flwr.packing import packed_arrays
 from fedpm_flwr.state import ClientState
 from fedpm_flwr.tasks import build_model, client_data, load_dataset
 from fedpm_flwr.training import derive_seed, evaluate, loader, pick_device, reproducible
 
-app = ClientApp()
+app = ClientApp(mods=[packed_arrays])
 
 
 @app.train()

@@ -9,6 +9,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpm_flwr.algorithms import get_algorithm, settings_without_effect
 from fedpm_flwr.config import Config
+from fedpm_flwr.grids import UplinkMeter
+from fedpm_flwr.packing import PackedGrid
 from fedpm_flwr.report import SPREAD, RunReport, spread
 from fedpm_flwr.reproducible import PartitionOrderedGrid
 from fedpm_flwr.tasks import build_model, distance, load_dataset, load_reference, load_weights
@@ -34,14 +36,16 @@ def main(grid: Grid, context: Context) -> None:
     report = RunReport(config)
     for line in settings_without_effect(config):
         report.say(line)
-    ordered = PartitionOrderedGrid(grid, config.seed)
+    meter = UplinkMeter(grid)
+    packed = PackedGrid(meter, config.update) if config.packed_arrays else meter
+    ordered = PartitionOrderedGrid(packed, config.seed)
     from_clients: dict[str, int | float] = {}
 
     def evaluate_global_model(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
         loss, accuracy = evaluate(model, test_batches, F.cross_entropy, device)
         tested = {"test-accuracy": accuracy, "test-loss": loss}
-        sent = ordered.uplink_bytes - sum(int(row["uplink-bytes"]) for row in report.rows)
+        sent = meter.bytes - sum(int(row["uplink-bytes"]) for row in report.rows)
         if reference is not None:
             tested["distance"] = distance(model, reference)
         report.add_round(server_round, {"clients": 0} | from_clients | tested | {"uplink-bytes": sent})

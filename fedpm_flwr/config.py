@@ -43,6 +43,7 @@ FISHERS = ("sampled", "exact", "empirical")
 KRONECKER_SUMS = ("exact", "factored")
 CORRECTED = ("control-variate", "fresh")
 WEIGHTINGS = ("num-examples", "uniform")
+UPDATES = ("none", "bfloat16", "int8")
 COMPRESSORS = ("identity", "rank", "top")
 INITIAL_HESSIANS = ("exact", "zero")
 SKETCHES = ("gaussian", "hadamard")
@@ -60,7 +61,8 @@ CODECS = (
 )
 """A number from 1, as in ``rank-8``; a share, as in ``rank-0.9`` and ``auto-0.05``."""
 _CODEC = re.compile(
-    r"triangle-(float64|float32|bfloat16|int8)|positions|diagonal|rank-[1-9]\d{0,6}|rank-0?\.(?!0+$)\d{1,9}|auto(-(?![0.]+$)\d{0,3}\.?\d{1,9})?"
+    r"triangle-(float64|float32|bfloat16|int8)|positions|diagonal"
+    r"|rank-[1-9]\d{0,6}|rank-0?\.(?!0+$)\d{1,9}|auto(-(?![0.]+$)\d{0,3}\.?\d{1,9})?"
 )
 
 Value = bool | int | float | str
@@ -143,6 +145,8 @@ class Config:
     )
     weighting: str = _setting("num-examples", "w_i, how much a client counts", choices=WEIGHTINGS)
     codec: str = _setting("triangle-float32", "how P travels", choices=CODECS, pattern=_CODEC)
+    packed_arrays: bool = _setting(True, "a model travels as one array per dtype, not one per parameter")
+    update: str = _setting("none", "in what bits a client's change of the model travels", choices=UPDATES)
     # Of single rivals.
     proximal_mu: float = _setting(0.01, "fedprox: mu_p, how strongly local steps are held near theta", low=0)
     server_momentum: float = _setting(0.9, "fedavgm: mu_s, of the server's steps", low=0, high=1)
@@ -179,6 +183,8 @@ class Config:
             value = _cast(setting, getattr(self, setting.name))
             _check(setting, value)
             object.__setattr__(self, setting.name, value)
+        if self.update != "none" and not self.packed_arrays:
+            raise ConfigError(f"update={self.update!r} needs packed-arrays=true")
         for key in ("output", "initial_model", "reference_model", "state_folder", "dataset"):
             value = getattr(self, key)
             path = value.partition(":")[2] if key == "dataset" else value

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from . import messages
+from .grids import StreamingGrid
 from .replies import ReplyError, Update, read_metrics, read_update, with_common_metrics
 from .report import PREFIX
 
@@ -62,6 +63,10 @@ class Guarded(FedAvg):
         """A name of the run, by which clients keep their state; another one in every run."""
         self._asked = False
         self._partition_of: Callable[[int], int | None] = _unknown
+
+    def start(self, grid: Grid, *arguments: Any, **more: Any) -> Result:
+        """As the guarded strategy, with replies that come one at a time (``StreamingGrid``)."""
+        return super().start(StreamingGrid(grid), *arguments, **more)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -168,6 +173,8 @@ class Guarded(FedAvg):
                 self._warn(server_round, "reply", reply, error)
             else:
                 yield reply, made
+                del made  # here and below: else it is still in memory while the next one is read
+            del reply
 
     def _named(self, config: ConfigRecord) -> ConfigRecord:
         return ConfigRecord({**config, messages.EXPERIMENT: self.experiment or "unnamed"})
@@ -232,6 +239,7 @@ class _Counted:
         for item in self._items:
             self.count += 1
             yield item
+            del item
 
 
 def _canonical(reply: Message, update: Update) -> RecordDict:

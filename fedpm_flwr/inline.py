@@ -118,13 +118,13 @@ def run_inline(
     """Run a ServerApp to its end over an ``InlineGrid``; what it raises is raised here."""
     config = dict(run_config or {})
     grid = InlineGrid(client_app, num_supernodes, config, seed)
-    with _task_identity(grid.run.run_id):
+    with task_identity(grid.run.run_id):
         server_app(grid, Context(grid.run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), config))
 
 
 @contextmanager
-def _task_identity(run_id: int) -> Iterator[None]:
-    """Flower stamps messages with the identity of its task process, which this process lacks."""
+def task_identity(run_id: int) -> Iterator[None]:
+    """Inside, messages can be made: Flower stamps them with its task process's identity, which others lack."""
     before = (TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id)
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, run_id, SUPERLINK_NODE_ID
     try:

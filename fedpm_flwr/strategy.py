@@ -132,15 +132,16 @@ class FedPM(Guarded):
             CurvatureError: there are none, or the mixed model is not finite.
         """
         mixer = ModelMixer(self._theta, memory=self.max_factor_memory, factored=self.kronecker_sum == "factored")
-        contents: list[RecordDict] = []
+        contents: list[RecordDict] = []  # of the replies, their metrics alone
         curved = False
         for reply, update in usable:
             mixer.add(update.state, update.layers, self._weight(update))
             if self._variates is not None:
                 node = reply.metadata.src_node_id
                 self._variates.add(node, server_round, update.extra, self._weight(update))
-            contents.append(reply.content)
+            contents.append(RecordDict({**reply.content.metric_records}))
             curved = curved or bool(update.layers)
+            del reply, update  # else they are still in memory while the next ones are read
         mixed = ArrayRecord(mixer.result(self.server_learning_rate))
         _log.info("aggregate_train: Mixed %d results", len(contents))
         if not curved:

@@ -14,7 +14,7 @@ from fedpm_flwr import messages
 from fedpm_flwr.algorithms import get_algorithm
 from fedpm_flwr.config import Config
 from fedpm_flwr.control_variates import VARIATE_ROUND
-from fedpm_flwr.inline import _task_identity
+from fedpm_flwr.inline import task_identity
 from fedpm_flwr.method import Job, Method
 from fedpm_flwr.state import ClientState
 from fedpm_flwr.training import Loss, derive_seed
@@ -108,7 +108,7 @@ def answer(
         content[messages.CONFIG] = ConfigRecord({**asked, VARIATE_ROUND: 1})
         content[messages.EXTRA] = messages.tensors_record(common)
         state.save(1, {key: torch.zeros_like(value) for key, value in common.items()})
-    with _task_identity(1):
+    with task_identity(1):
         request = Message(content, dst_node_id=1, message_type="train")
         request.metadata.__dict__["_message_id"] = "1"
         job = job_on(batches, config, request, model, F.cross_entropy, 0, state, whole)

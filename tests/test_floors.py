@@ -21,6 +21,8 @@ FLOORS = {
     "fedpm_flwr.control_variates": 7,
     "fedpm_flwr.reproducible": 7,
     "fedpm_flwr.guarded": 6,
+    "fedpm_flwr.packing": 6,
+    "fedpm_flwr.grids": 5,
     "fedpm_flwr.replies": 5,
     "fedpm_flwr.messages": 4,
     "fedpm_flwr.objective": 4,

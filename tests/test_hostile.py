@@ -23,7 +23,7 @@ from torch import nn
 from fedpm_flwr import messages
 from fedpm_flwr.curvature import Block, Dense, KroneckerRight, LayerCurvature
 from fedpm_flwr.guarded import Guarded
-from fedpm_flwr.inline import InlineGrid, _task_identity
+from fedpm_flwr.inline import InlineGrid, task_identity
 from fedpm_flwr.optim import FOOF
 from fedpm_flwr.strategy import FedPM
 from fedpm_flwr.training import fit
@@ -53,7 +53,7 @@ FLOATS = [key for key, value in make_model().state_dict().items() if value.is_fl
 @pytest.fixture(scope="module")
 def exchange() -> Iterator[Round]:
     """One round's requests, and the replies of real clients to them."""
-    with _task_identity(1):
+    with task_identity(1):
         grid = InlineGrid(ClientApp(), CLIENTS, {}, seed=0)
         arrays = ArrayRecord(make_model().state_dict())
         requests = list(FedPM(min_available_nodes=CLIENTS).configure_train(1, arrays, ConfigRecord(), grid))

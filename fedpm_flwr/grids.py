@@ -1,0 +1,148 @@
+"""Grids around a Grid: what they share, replies one at a time, and a count of what clients send."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from .messages import count_bytes
+from .report import PREFIX
+
+_SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.05, 1.0
+_AHEAD_BYTES = 32 << 20
+_MOST_AHEAD = 256
+_MOST_NAMED = 20
+"""Nodes that one warning names."""
+_log = logging.getLogger("flwr")
+
+
+class WrappedGrid(Grid):
+    """A Grid that does what another does, but for what a subclass overrides.
+
+    ``outgoing`` and ``incoming`` see all messages, by whichever method they come and go.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.inner = grid
+
+    def outgoing(self, messages: Iterable[Message]) -> Iterable[Message]:
+        """The messages as they are to be sent."""
+        return messages
+
+    def incoming(self, reply: Message) -> Message:
+        """A reply as it is to be received."""
+        return reply
+
+    def set_run(self, run: Run) -> None:
+        self.inner.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self.inner.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return self.inner.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return self.inner.get_nodes()
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.inner.get_node_ids()
+
+    def partition_of(self, node: int) -> int | None:
+        """The partition of a node, if a Grid further in knows it."""
+        known = getattr(self.inner, "partition_of", None)
+        partition: int | None = known(node) if known else None
+        return partition
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self.inner.push_messages(self.outgoing(messages))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return map(self.incoming, self.inner.pull_messages(message_ids))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return map(self.incoming, self.inner.send_and_receive(self.outgoing(messages), timeout=timeout))
+
+
+class StreamingGrid(WrappedGrid):
+    """Gives replies one at a time, in the order of their requests, and holds few that are not yet asked for.
+
+    Flower's own Grids hold all replies of a round until the last is there. Here they wait on the SuperLink
+    until their turn; of those further on, no more are pulled than fit into 32 MB. Who has not replied after
+    ``timeout`` seconds is left out, and named in a warning. An error that the SuperLink replies in place of a
+    node comes as that node's.
+
+    For strategies that go through the replies once, as every ``Guarded`` one does.
+    """
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Push all messages; what is returned pulls the replies as it is gone through."""
+        end = None if timeout is None else time.monotonic() + timeout
+        requests = list(messages)
+        nodes = [request.metadata.dst_node_id for request in requests]
+        # Flower says None of a message that it could not push.
+        ids: list[str | None] = list(self.push_messages(requests))
+        pushed = {key: node for key, node in zip(ids, nodes, strict=True) if key is not None}
+        self._name([node for key, node in zip(ids, nodes, strict=True) if key is None], "could not be reached")
+        return self._replies(pushed, end, f"did not reply within {timeout} s")
+
+    def _replies(self, waiting: dict[str, int], end: float | None, silence: str) -> Iterator[Message]:
+        """Of these messages, given with their nodes, in this order."""
+        ahead: dict[str, Message] = {}
+        silent: list[int] = []
+        largest, wait = 0, _SHORTEST_WAIT_S
+        while waiting:
+            is_late = end is not None and time.monotonic() >= end
+            head = next(iter(waiting))
+            turn = islice(waiting, max(1, min(_MOST_AHEAD, _AHEAD_BYTES // largest)) if largest else 1)
+            for reply in self.pull_messages([key for key in turn if key not in ahead]):
+                if reply.metadata.reply_to_message_id in waiting:
+                    ahead[reply.metadata.reply_to_message_id] = reply
+                    largest = max(largest, count_bytes(reply.content) if reply.has_content() else 1)
+                del reply  # else it would be held until the next
+            if head in ahead:
+                wait = _SHORTEST_WAIT_S
+                while waiting and (head := next(iter(waiting))) in ahead:
+                    yield _as_from(waiting.pop(head), ahead.pop(head))
+            elif is_late:
+                silent.append(waiting.pop(head))
+            else:
+                time.sleep(wait if end is None else min(wait, max(end - time.monotonic(), 0)))
+                wait = min(2 * wait, _LONGEST_WAIT_S)
+        self._name(silent, silence)
+
+    def _name(self, nodes: list[int], what: str) -> None:
+        if nodes:
+            places = [(node, self.partition_of(node)) for node in nodes[:_MOST_NAMED]]
+            named = ", ".join(f"{node}" if p is None else f"{node} (partition {p})" for node, p in places)
+            more = f" and {len(nodes) - _MOST_NAMED} more" if len(nodes) > _MOST_NAMED else ""
+            _log.warning("%sleft out the nodes that %s: %s%s", PREFIX, what, named, more)
+
+
+class UplinkMeter(WrappedGrid):
+    """Counts the bytes of training replies, usable or not, in however many exchanges a round has."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid)
+        self.bytes = 0
+        """Of all that clients have sent in training so far."""
+
+    def incoming(self, reply: Message) -> Message:
+        is_train = reply.metadata.message_type.split(".")[0] == MessageType.TRAIN
+        if is_train and reply.has_content():
+            self.bytes += count_bytes(reply.content)
+        return reply
+
+
+def _as_from(node: int, reply: Message) -> Message:
+    if reply.has_error():
+        reply.metadata.__dict__["_src_node_id"] = node  # there is no other way to set it
+    return reply

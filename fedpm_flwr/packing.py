@@ -1,0 +1,283 @@
+"""A model's many arrays as one array per dtype and, if asked for, uploads in fewer bits.
+
+Every Array costs Flower objects and requests of its own, however small it is. ``PackedGrid`` on the server and the
+mod ``packed_arrays`` on the client line up the arrays of each ArrayRecord, dtype by dtype, in one Array. They do
+it where messages come and go: strategies, evaluation, training functions and results see ordinary ArrayRecords,
+under any strategy.
+
+    strategy.start(grid=PackedGrid(grid), ...)   # in the ServerApp
+    app = ClientApp(mods=[packed_arrays])        # before other mods, which then see ordinary arrays too
+
+By ``PackedGrid(grid, update="int8")``, or ``"bfloat16"``, training replies hold the change θᵢ − θ in so few bits
+(``wire.change``) and are read as θ + change, so that strategies still get full weights. What rounding left out
+the client keeps on its disk and adds to its next change (error feedback: Seide et al., Interspeech 2014;
+Karimireddy et al., ICML 2019).
+"""
+
+import copy
+import json
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, Metadata, RecordDict
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from .config import UPDATES
+from .grids import WrappedGrid
+from .state import ClientState
+from .wire.change import STORED, read_change, round_change
+
+PACKED = "packed-arrays"
+"""The ConfigRecord that says how the ArrayRecords of a message are packed."""
+_LAYOUTS, _UPDATE = "layouts", "update"
+_HINT = "the ClientApp needs mods=[fedpm_flwr.packing.packed_arrays]"
+_KEY = "{} arrays, packed by fedpm-flwr: " + _HINT
+"""The name of a packed Array. It is what a ClientApp without the mod will complain of."""
+_STATE_FOLDER = "state-folder"
+_KINDS = "biufc"
+"""Of NumPy's dtypes: numbers."""
+_KEPT = 4
+"""Exchanges whose requests are remembered, to read changes against."""
+_MAX_QUOTE = 100
+_log = logging.getLogger("flwr")
+
+
+class PackingError(ValueError):
+    """Packed arrays that cannot be read."""
+
+
+class Entry(NamedTuple):
+    """One array among those that are lined up; with an ``update`` that is not none, its change, in this unit."""
+
+    key: str
+    dtype: str
+    shape: Sequence[int]
+    update: str = "none"
+    unit: float = 1.0
+
+
+class PackedGrid(WrappedGrid):
+    """Sends ArrayRecords packed, and unpacks those of the replies; one that cannot be read becomes an error.
+
+    Args:
+        grid: the Grid that Flower gives to the ServerApp.
+        update: in what training replies say what has changed: ``bfloat16`` or ``int8``; ``none``: whole arrays.
+
+    Raises:
+        ValueError: naming the argument and what is allowed.
+    """
+
+    def __init__(self, grid: Grid, update: str = "none") -> None:
+        super().__init__(grid)
+        if update not in UPDATES:
+            raise ValueError(f"unknown update {update!r}; allowed: {', '.join(UPDATES)}")
+        self._update = update
+        self._sent: deque[list[tuple[Metadata, RecordDict]]] = deque(maxlen=_KEPT)
+        self._by_id: dict[str, RecordDict] | None = None
+
+    def outgoing(self, messages: Iterable[Message]) -> list[Message]:
+        given = list(messages)
+        packed: dict[int, _Lined | None] = {}
+        sent = [_with_content(message, _pack(message.content, packed, self._update)) for message in given]
+        if self._update != "none":
+            # A Grid gives messages their IDs while it sends them.
+            self._sent.append([(message.metadata, message.content) for message in given])
+            self._by_id = None
+        return sent
+
+    def incoming(self, reply: Message) -> Message:
+        if reply.has_error() and _HINT in str(reply.error.reason):
+            return _failed(reply, f"{_HINT}; {reply.error.reason}")
+        if not (reply.has_content() and PACKED in reply.content.config_records):
+            return reply
+        try:
+            return _with_content(reply, _unpack(reply.content, self._request_of(reply)))
+        except PackingError as error:
+            return _failed(reply, f"its packed arrays cannot be read: {error}")
+
+    def _request_of(self, reply: Message) -> RecordDict:
+        if self._by_id is None:
+            self._by_id = {metadata.message_id: content for sent in self._sent for metadata, content in sent}
+        return self._by_id.get(reply.metadata.reply_to_message_id, RecordDict())
+
+
+def packed_arrays(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """The mod of a ClientApp whose server has a ``PackedGrid``; with any other Grid it does nothing."""
+    if PACKED not in message.content.config_records:
+        return call_next(message, context)
+    update = str(message.content.config_records[PACKED].get(_UPDATE, "none"))
+    if update not in UPDATES:
+        raise PackingError(f"unknown update {update!r:.{_MAX_QUOTE}}; allowed: {', '.join(UPDATES)}")
+    request = _with_content(message, _unpack(message.content, RecordDict()))
+    before = RecordDict({**request.content})  # the ClientApp may change it
+    reply = call_next(request, context)
+    if not reply.has_content():
+        return reply
+    if update == "none" or message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
+        return _with_content(reply, _pack(reply.content, {}))
+    return _with_content(reply, _pack_changes(reply.content, before, update, _feedback(context)))
+
+
+_Lined = tuple[ArrayRecord, list[Entry]]
+
+
+def _pack(content: RecordDict, packed: dict[int, _Lined | None], update: str = "none") -> RecordDict:
+    """The content with its ArrayRecords packed; ``packed`` has those that other messages share with it."""
+    lined = {}
+    for name, record in content.array_records.items():
+        if id(record) not in packed:
+            packed[id(record)] = _line_up([(_entry(key, array), array) for key, array in _arrays(record).items()])
+        lined[name] = packed[id(record)]
+    return _with_lined(content, lined, update)
+
+
+def _pack_changes(content: RecordDict, request: RecordDict, update: str, kept: ClientState) -> RecordDict:
+    """The content with what has changed since the request in few bits; what they leave out is kept."""
+    rounds = kept.rounds()
+    left = kept.load(rounds[-1]) if rounds else {}
+    lined, rest = {}, dict[str, Tensor]()
+    for name, record in content.array_records.items():
+        before, parts = _like(request, set(record)), []
+        for key, array in _arrays(record).items():
+            entry, part, left_out = _change(key, array, before.get(key), left.get(f"{name}/{key}"), update)
+            parts.append((entry, part))
+            if left_out is not None:
+                rest[f"{name}/{key}"] = left_out
+        lined[name] = _line_up(parts)
+    try:
+        kept.save(rounds[-1] + 1 if rounds else 1, rest)
+    except OSError as error:
+        _log.warning("what rounding leaves out of a change could not be kept, and is lost: %s", error)
+    return _with_lined(content, lined)
+
+
+def _change(
+    key: str, array: np.ndarray, before: np.ndarray | None, left: Tensor | None, update: str
+) -> tuple[Entry, np.ndarray, Tensor | None]:
+    """An array's rounded change and what that leaves out; or the array as it is, where it has no finite change."""
+    entry = _entry(key, array)
+    if before is None or array.dtype.kind != "f" or (before.dtype, before.shape) != (array.dtype, array.shape):
+        return entry, array, None
+    change = torch.from_numpy(array).double() - torch.from_numpy(before).double()
+    if left is not None and left.shape == change.shape:
+        change = change + left
+    rounded, unit = round_change(change, update)
+    left_out = change - read_change(rounded, unit, update)
+    if not torch.isfinite(left_out).all():  # as where training diverged
+        return entry, array, None
+    dtype = torch.promote_types(torch.from_numpy(array).dtype, torch.float32)
+    return entry._replace(update=update, unit=unit), rounded.numpy(), left_out.to(dtype)
+
+
+def _unpack(content: RecordDict, request: RecordDict) -> RecordDict:
+    """The content with ordinary ArrayRecords; changes are added to the arrays of the request.
+
+    Raises:
+        PackingError: naming what is wrong. The bytes may come from a broken or hostile client.
+    """
+    records = {**content}
+    try:
+        layouts = json.loads(str(records.pop(PACKED)[_LAYOUTS]))
+        for name, layout in layouts.items():
+            entries = [Entry(*entry) for entry in layout]
+            changed = any(entry.update != "none" for entry in entries)
+            before = _like(request, {entry.key for entry in entries}) if changed else {}
+            records[name] = _spread_out(content.array_records[name], entries, before)
+    except Exception as error:  # whatever is wrong with a stranger's bytes, they are no packed arrays
+        raise PackingError(f"{type(error).__name__}: {error!s:.{_MAX_QUOTE}}") from error
+    return RecordDict(records)
+
+
+def _line_up(parts: Sequence[tuple[Entry, np.ndarray]]) -> _Lined | None:
+    """One Array per dtype, in the order of the entries; None: there are other things than numbers."""
+    by_dtype: dict[str, list[np.ndarray]] = {}
+    for _, part in parts:
+        by_dtype.setdefault(str(part.dtype), []).append(part.reshape(-1))
+        if part.dtype.kind not in _KINDS:
+            return None
+    record = {_KEY.format(dtype): Array(np.concatenate(each)) for dtype, each in by_dtype.items()}
+    return ArrayRecord(record), [entry for entry, _ in parts]
+
+
+def _spread_out(record: ArrayRecord, entries: Sequence[Entry], before: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """The arrays again, each under its key.
+
+    Raises:
+        ValueError: the entries do not fit the record.
+    """
+    lines = {str(array.dtype): array for array in _arrays(record).values()}
+    used = dict.fromkeys(lines, 0)
+    spread: dict[str, Array] = {}
+    for entry in entries:
+        stored = str(STORED[entry.update]).removeprefix("torch.") if entry.update != "none" else entry.dtype
+        if entry.key in spread or stored not in lines or not all(type(n) is int and n >= 0 for n in entry.shape):
+            raise ValueError(f"the entry {entry!r:.{_MAX_QUOTE}} does not fit")
+        start, end = used[stored], used[stored] + math.prod(entry.shape)
+        if lines[stored].ndim != 1 or end > len(lines[stored]):
+            raise ValueError(f"there are no {end} numbers of dtype {stored}")
+        part, used[stored] = lines[stored][start:end].reshape(entry.shape), end
+        spread[entry.key] = Array(part if entry.update == "none" else _after(entry, part, before[entry.key]))
+    if any(used[dtype] != len(line) for dtype, line in lines.items()):
+        raise ValueError("there are more numbers than the entries have")
+    return ArrayRecord(spread)
+
+
+def _after(entry: Entry, stored: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """θ and its change."""
+    if (str(before.dtype), list(before.shape)) != (entry.dtype, list(entry.shape)):
+        raise ValueError(f"{entry.key!r} is {before.dtype} {list(before.shape)} in the request")
+    change = read_change(torch.from_numpy(stored.copy()), float(entry.unit), entry.update)
+    after: np.ndarray = (before.astype(np.float64) + change.numpy()).astype(before.dtype)
+    return after
+
+
+def _like(content: RecordDict, keys: set[str]) -> dict[str, np.ndarray]:
+    """The ArrayRecord with these keys; empty: there is none."""
+    found = [record for record in content.array_records.values() if set(record) == keys]
+    return _arrays(found[0]) if found else {}
+
+
+def _arrays(record: ArrayRecord) -> dict[str, np.ndarray]:
+    return {key: array.numpy() for key, array in record.items()}
+
+
+def _entry(key: str, array: np.ndarray) -> Entry:
+    return Entry(key, str(array.dtype), array.shape)
+
+
+def _with_lined(content: RecordDict, lined: Mapping[str, _Lined | None], update: str = "none") -> RecordDict:
+    records, layouts = {**content}, {}
+    for name, found in lined.items():
+        if found:
+            records[name], layouts[name] = found
+    if layouts:
+        said = {_LAYOUTS: json.dumps(layouts, separators=(",", ":")), _UPDATE: update}
+        records[PACKED] = ConfigRecord({**said})
+    return RecordDict(records)
+
+
+def _with_content(message: Message, content: RecordDict) -> Message:
+    changed = copy.copy(message)
+    changed.content = content
+    return changed
+
+
+def _failed(message: Message, reason: str) -> Message:
+    changed = copy.copy(message)
+    changed.__dict__.update(_content=None, _error=Error(ErrorCode.MOD_FAILED_PRECONDITION, reason))
+    return changed
+
+
+def _feedback(context: Context) -> ClientState:
+    """Where a node keeps what rounding left out."""
+    folder = str(context.run_config.get(_STATE_FOLDER, ""))
+    return ClientState(Path(folder) if folder else None, f"feedback-{context.run_id}", f"node-{context.node_id}")

@@ -1,0 +1,204 @@
+"""Replies one at a time: in order, few held, stragglers and unreachable nodes named, whatever the strategy."""
+
+import gc
+import logging
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
+
+from fedpm_flwr import messages
+from fedpm_flwr.grids import StreamingGrid, UplinkMeter, WrappedGrid
+from fedpm_flwr.inline import InlineGrid, task_identity
+from fedpm_flwr.reproducible import PartitionOrderedGrid
+from fedpm_flwr.strategy import FedPM
+
+from .apps import federate, tell_partitions
+
+SIDE = 200
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> Iterator[None]:
+    with task_identity(1):
+        yield
+
+
+def reply_app(side: int = SIDE) -> ClientApp:
+    """Replies with a matrix of the node's partition."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        partition = messages.partition_of(context)[0]
+        arrays = ArrayRecord({"w": torch.full((side, side), float(partition))})
+        return Message(
+            RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1, "partition": partition})}),
+            reply_to=message,
+        )
+
+    tell_partitions(app)
+    return app
+
+
+class Slow(WrappedGrid):
+    """Real replies, some of which come late, never, or as the SuperLink's word that their node is gone."""
+
+    def __init__(
+        self, grid: Grid, delays: dict[int, float], gone: int | None = None, lost: int | None = None
+    ) -> None:
+        super().__init__(grid)
+        self._delays, self._gone, self._lost = delays, gone, lost
+        self._ready: dict[str, float] = {}
+        self._node: dict[str, int] = {}
+        self.replies: list[weakref.ref[Message]] = []
+        self.most_alive = 0
+        self.pulls = 0
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str | None]:  # type: ignore[override]  # as Flower
+        given, now = list(messages), time.monotonic()
+        ids: list[str | None] = list(self.inner.push_messages(given))
+        for place, (key, message) in enumerate(zip(ids, given, strict=True)):
+            assert key is not None
+            self._ready[key] = now + self._delays.get(place, 0.0)
+            self._node[key] = message.metadata.dst_node_id
+            if place == self._lost:
+                ids[place] = None
+        return ids
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        return self.pull_messages([key for key in self.push_messages(messages) if key is not None])
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        self.pulls += 1
+        ready = [key for key in message_ids if self._ready[key] <= time.monotonic()]
+        replies = []
+        for reply in self.inner.pull_messages(ready):
+            if self._node[reply.metadata.reply_to_message_id] == self._gone:
+                failed = Message(Error(8, "node unavailable"), reply_to=reply)
+                failed.metadata.__dict__["_src_node_id"] = 1
+                failed.metadata.__dict__["_reply_to_message_id"] = reply.metadata.reply_to_message_id
+                reply = failed
+            replies.append(reply)
+        self.replies += [weakref.ref(reply) for reply in replies]
+        gc.collect()
+        self.most_alive = max(self.most_alive, sum(ref() is not None for ref in self.replies))
+        return replies
+
+
+def requests(grid: Grid) -> list[Message]:
+    content = RecordDict({"config": ConfigRecord({"server-round": 1})})
+    return [Message(content, dst_node_id=node, message_type="train") for node in sorted(grid.get_node_ids())]
+
+
+def partitions(replies: Iterable[Message]) -> Iterator[int]:
+    for reply in replies:
+        yield int(reply.content.metric_records["metrics"]["partition"])  # type: ignore[arg-type]
+        del reply
+
+
+def by_nodes(grid: Grid) -> list[int]:
+    """Partitions in the order of ``requests``."""
+    return list(partitions(grid.send_and_receive(requests(grid))))
+
+
+def test_replies_come_in_the_order_of_their_requests() -> None:
+    inline = InlineGrid(reply_app(4), 8, {}, seed=3)
+    expected = [list(inline._contexts).index(node) for node in sorted(inline.get_node_ids())]
+    slow = Slow(inline, {0: 0.3, 3: 0.6})
+    assert by_nodes(StreamingGrid(slow)) == expected
+    assert by_nodes(StreamingGrid(slow)) == expected
+
+
+def test_as_many_are_held_as_fit_and_the_rest_wait() -> None:
+    """Of replies of 12 MB two fit into what is read ahead; the one that is looked at is the third."""
+    slow = Slow(InlineGrid(reply_app(1800), 12, {}, seed=1), {0: 0.2})
+    assert len(list(partitions(StreamingGrid(slow).send_and_receive(requests(slow))))) == 12
+    assert slow.most_alive <= 3
+    small = Slow(InlineGrid(reply_app(4), 12, {}, seed=1), {})
+    assert len(list(partitions(StreamingGrid(small).send_and_receive(requests(small))))) == 12
+    assert small.pulls <= 3
+
+
+def test_those_who_do_not_reply_in_time_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    inline = InlineGrid(reply_app(4), 6, {}, seed=3)
+    nodes = sorted(inline.get_node_ids())
+    slow = Slow(inline, {0: 60.0, 4: 60.0})
+    start = time.monotonic()
+    with caplog.at_level(logging.WARNING, "flwr"):
+        found = list(StreamingGrid(slow).send_and_receive(requests(slow), timeout=0.5))
+    assert [reply.metadata.src_node_id for reply in found] == [nodes[place] for place in (1, 2, 3, 5)]
+    assert time.monotonic() - start < 30
+    assert f"left out the nodes that did not reply within 0.5 s: {nodes[0]}, {nodes[4]}" in caplog.text
+
+
+def test_those_that_flower_cannot_reach_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    inline = InlineGrid(reply_app(4), 3, {}, seed=3)
+    ordered = PartitionOrderedGrid(Slow(inline, {}, lost=1), 0)
+    list(ordered.get_node_ids())
+    with caplog.at_level(logging.WARNING, "flwr"):
+        found = list(StreamingGrid(ordered).send_and_receive(requests(inline)))
+    lost = sorted(inline.get_node_ids())[1]
+    assert len(found) == 2
+    assert f"nodes that could not be reached: {lost} (partition {ordered.partition_of(lost)})" in caplog.text
+
+
+def test_an_error_of_the_superlinks_comes_as_the_nodes() -> None:
+    """Flower gives it node 1, whoever is gone."""
+    inline = InlineGrid(reply_app(4), 3, {}, seed=3)
+    gone = sorted(inline.get_node_ids())[2]
+    replies = list(StreamingGrid(Slow(inline, {}, gone=gone)).send_and_receive(requests(inline)))
+    assert [reply.has_error() for reply in replies] == [False, False, True]
+    assert replies[2].metadata.src_node_id == gone
+
+
+class Matrix(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(1800, 1800))
+
+
+@pytest.mark.parametrize(("strategy", "most"), [(FedPM, 3), (FedAvg, 9)])
+def test_fedpm_holds_few_replies_whatever_their_number(strategy: type[FedAvg], most: int) -> None:
+    """It folds them in one at a time, where a stock strategy makes a list of them."""
+    grids: list[Slow] = []
+
+    def wrap(grid: Grid) -> Grid:
+        grids.append(Slow(grid, {}))
+        return grids[0]
+
+    result = federate(reply_app(1800), strategy(fraction_evaluate=0.0), Matrix(), 9, wrap=wrap, seed=1)
+    assert torch.allclose(result.arrays.to_torch_state_dict()["w"], torch.full((1800, 1800), 4.0))
+    assert grids[0].most_alive <= most
+    assert strategy is FedPM or grids[0].most_alive == most
+
+
+def test_a_wrapper_of_flowers_that_never_calls_our_start_gets_a_list() -> None:
+    """Differential privacy's goes through the replies twice."""
+    strategy = DifferentialPrivacyServerSideFixedClipping(FedPM(), 0.0, 1e9, 4)
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        arrays = ArrayRecord({"weight": torch.full((2, 3), 5.0), "bias": torch.zeros(2)})
+        metrics = MetricRecord({"num-examples": 1})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    result = federate(app, strategy, torch.nn.Linear(3, 2), 4)
+    assert torch.allclose(result.arrays.to_torch_state_dict()["weight"], torch.full((2, 3), 5.0))
+
+
+def test_the_meter_counts_what_came_in_training() -> None:
+    inline = InlineGrid(reply_app(10), 3, {}, seed=3)
+    meter = UplinkMeter(inline)
+    replies = list(StreamingGrid(meter).send_and_receive(requests(inline)))
+    assert meter.bytes == sum(messages.count_bytes(reply.content) for reply in replies)
+    before = meter.bytes
+    PartitionOrderedGrid(meter, 0).get_node_ids()  # asks the nodes, by queries
+    assert meter.bytes == before
