@@ -117,7 +117,7 @@ class SecondOrder(torch.optim.Optimizer):
         self._codec = codec
         if codec:
             check_codec(codec)
-        self._sent: dict[Block, LayerCurvature] = {}
+        self._sent: dict[Block, LayerCurvature] | None = None  # not yet decided
         self._parameters = dict(model.named_parameters())
         self._estimator = estimator([p for group in self.param_groups for p in group["params"]])
         self._unmeasured: set[Block] = set()
@@ -167,7 +167,7 @@ class SecondOrder(torch.optim.Optimizer):
         """P of every block that was stepped by it, as now averaged, and the λ it was stepped with."""
         states = [(block, self._state_of(block)) for block in self._estimator.blocks]
         stepped = [(block, state) for block, state in states if "inverse" in state]
-        if self._codec:
+        if self._sent is not None:
             return [replace(self._sent[b], damping=state["damping"]) for b, state in stepped if b in self._sent]
         return [LayerCurvature(block, _curvature(state), state["damping"]) for block, state in stepped]
 
@@ -235,11 +235,12 @@ class SecondOrder(torch.optim.Optimizer):
 
     def _step_by_what_arrives(self, codec: str, measured: Iterable[Block]) -> None:
         """Let P of these blocks be as the server gets it; of those that are not sent it stays as it is."""
-        dampings = {p: group["damping"] for group in self.param_groups for p in group["params"]}
-        layers = [
-            LayerCurvature(b, _curvature(self._state_of(b)), dampings[self._parameters[b.parameters[0]]])
-            for b in measured
-        ]
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        layers = []
+        for block in measured:
+            curvature = _curvature(self._state_of(block))
+            damping = self._damping(block, curvature, groups[self._parameters[block.parameters[0]]])
+            layers.append(LayerCurvature(block, curvature, damping))
         self._sent = {layer.block: layer for layer in pack_layers(layers, codec, self._parameters)}
         for block, layer in self._sent.items():
             self._state_of(block)["curvature"] = to_state(layer.curvature)
@@ -247,15 +248,20 @@ class SecondOrder(torch.optim.Optimizer):
     def _prepare(self, block: Block, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Invert P + λI, if that is due."""
         if "inverse" not in state or self._steps() % self._inverse == 0:
-            shape = matrix_shape([self._parameters[key].shape for key in block.parameters])
-            damping = group["damping"]
-            if self._relative:
-                # Without any curvature, as for inputs that are all 0, λ is absolute: nothing to be relative to.
-                damping *= float(_curvature(state).diagonal(*shape).mean()) or 1.0
-            if self._decay_is_curvature and not self._decoupled:
-                damping += group["weight_decay"]
-            inverse, state["damping"] = invert(_curvature(state), damping, block.name)
+            curvature = _curvature(state)
+            inverse, state["damping"] = invert(curvature, self._damping(block, curvature, group), block.name)
             state["inverse"] = to_state(inverse)
+
+    def _damping(self, block: Block, curvature: Curvature, group: dict[str, Any]) -> float:
+        """λ of a block, in P's own unit."""
+        damping: float = group["damping"]
+        if self._relative:
+            shape = matrix_shape([self._parameters[key].shape for key in block.parameters])
+            # Without any curvature, as for inputs that are all 0, λ is absolute: nothing to be relative to.
+            damping *= float(curvature.diagonal(*shape).mean()) or 1.0
+        if self._decay_is_curvature and not self._decoupled:
+            damping += group["weight_decay"]
+        return damping
 
     def _precondition(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """P⁻¹g of one block, a matrix."""

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..config import check_codec
 from ..curvature import Curvature, Diagonal, KroneckerRight, LayerCurvature, LowRank
 from ..curvature.linalg import leading
 from .low_rank import BASIS, FLOOR, Spectral
@@ -36,9 +35,8 @@ def compress(layer: LayerCurvature, codec: str, parameters: Mapping[str, Sequenc
     ``parameters`` has the shapes of the model's parameters, of which ``positions`` needs to know.
 
     Raises:
-        ValueError: the codec is unknown, the matrix not finite, or shapes are missing.
+        ValueError: the matrix is not finite, or shapes are missing.
     """
-    check_codec(codec)
     name, _, number = codec.partition("-")
     curvature = layer.curvature
     if name == "triangle":

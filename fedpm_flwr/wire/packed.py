@@ -10,8 +10,6 @@ from ..curvature import KINDS, Curvature
 from .codecs import codec_of_part
 from .layout import Layout, prefixed, without_prefix
 
-_BYTES = {torch.int8: 1, torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
-
 
 @dataclass(frozen=True, eq=False)
 class Packed:
@@ -59,4 +57,4 @@ def layout(kind: type[Curvature], shapes: Mapping[str, tuple[int, ...]], codecs:
 
 def size(found: Layout) -> int:
     """Bytes of tensors of this layout."""
-    return sum(_BYTES[dtype] * int(torch.Size(shape).numel()) for dtype, shape in found.values())
+    return sum(dtype.itemsize * int(torch.Size(shape).numel()) for dtype, shape in found.values())

@@ -60,9 +60,7 @@ def encode(layers: Iterable[LayerCurvature], codec: str, parameters: Mapping[str
     """
     table: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    for layer in pack_layers(layers, codec, parameters):
-        packed = layer.packed
-        assert isinstance(packed, Packed)
+    for layer, packed in _packed(layers, codec, parameters):
         if not (math.isfinite(layer.damping) and layer.damping >= 0):
             raise ValueError(f"layer {layer.block.name!r}: damping {layer.damping} is not a finite number >= 0")
         index = len(table)
@@ -89,6 +87,13 @@ def pack_layers(
 
     In its own dtype and on its own device. Arguments and errors are those of ``encode``.
     """
+    return [_arrived(layer, packed) for layer, packed in _packed(layers, codec, parameters)]
+
+
+def _packed(
+    layers: Iterable[LayerCurvature], codec: str, parameters: Mapping[str, Tensor] | None
+) -> list[tuple[LayerCurvature, Packed]]:
+    """The layers that the codec sends, as they travel: those that have been packed already as they are."""
     check_codec(codec)
     given = list(layers)
     shapes = None if parameters is None else {key: tuple(value.shape) for key, value in parameters.items()}
@@ -104,8 +109,8 @@ def pack_layers(
         packed = spend(fresh, float(codec.partition("-")[2] or DEFAULT_SHARE) * total)
     else:
         packed = [compress(layer, codec, shapes) for layer in fresh]
-    arrived = [_arrived(layer, one) for layer, one in zip(fresh, packed, strict=True) if one is not None]
-    return [*(layer for layer in given if layer.packed is not None), *arrived]
+    before = [(layer, layer.packed) for layer in given if isinstance(layer.packed, Packed)]
+    return [*before, *((layer, one) for layer, one in zip(fresh, packed, strict=True) if one is not None)]
 
 
 def _arrived(layer: LayerCurvature, packed: Packed) -> LayerCurvature:

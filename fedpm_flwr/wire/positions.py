@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..curvature.linalg import at_least_float32
 from .layout import Layout, prefixed, without_prefix
 from .rounded_factor import RoundedFactor
 
@@ -32,12 +33,12 @@ class Positions:
         return found | ({_BIAS: (torch.float32, shape[:-2])} if bias else {})
 
     def pack(self, part: Tensor) -> dict[str, Tensor]:
-        matrix = part.detach().to("cpu", torch.promote_types(part.dtype, torch.float32))
+        matrix = at_least_float32(part.detach())
         channels, bias = divmod(matrix.shape[-1], self.k)
         inner = matrix[..., : channels * self.k, : channels * self.k]
         c, q = nearest_product(inner.reshape(*matrix.shape[:-2], channels, self.k, channels, self.k))
         found = prefixed(_CHANNELS, _FACTOR.pack(c)) | prefixed(_POSITIONS, _FACTOR.pack(q))
-        return found | ({_BIAS: matrix[..., -1, -1].float().clone()} if bias else {})
+        return found | ({_BIAS: matrix[..., -1, -1].to("cpu", torch.float32, copy=True)} if bias else {})
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         channels = shape[-1] // self.k

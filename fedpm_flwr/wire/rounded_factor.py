@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..curvature.linalg import outer
+from ..curvature.linalg import at_least_float32, outer
 from .layout import Layout
 from .triangle import from_triangle, to_triangle, triangle_shape
 from .values import LARGEST, SCALE
@@ -30,7 +30,7 @@ class RoundedFactor:
         return {ROWS: (self.dtype, triangle_shape(shape)), SCALE: (torch.float32, shape[:-1])}
 
     def pack(self, part: Tensor) -> dict[str, Tensor]:
-        matrix = part.detach().to("cpu")
+        matrix = part.detach()
         roots = matrix.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().float()
         q = unit_cholesky(matrix)
         if self.dtype == torch.int8:
@@ -38,7 +38,7 @@ class RoundedFactor:
             # Not 0: then Â is as definite as A was.
             q.diagonal(dim1=-2, dim2=-1).clamp_(min=1)
         q = q.to(self.dtype)
-        return {ROWS: to_triangle(q), SCALE: roots / q.float().norm(dim=-1)}
+        return {ROWS: to_triangle(q.cpu()), SCALE: (roots / q.float().norm(dim=-1)).cpu()}
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         lower = from_triangle(tensors[ROWS].float(), shape) * tensors[SCALE][..., None]
@@ -50,6 +50,7 @@ def unit_cholesky(matrix: Tensor) -> Tensor:
 
     Rows and columns whose diagonal is 0 count as those of the identity.
     """
+    matrix = at_least_float32(matrix)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     roots = diagonal.clamp(min=0).sqrt()
     inverse = torch.where(roots > 0, 1 / roots, 0.0)
