@@ -67,11 +67,11 @@ class LayerMixer:
     def add(self, delta: Tensor, curvature: Curvature, weight: float) -> None:
         """Fold in θᵢ − θ [rows, columns], the damped Pᵢ and wᵢ > 0."""
         scaled = curvature.scaled(weight)
-        moved = scaled.matmul(delta)
+        moved = scaled.matmul(delta)  # a new tensor, which the sum may be kept in
         if isinstance(scaled, Kronecker) and not self._factored:
             scaled = scaled.map(self._spill.keep)
         self._total = scaled if self._total is None else self._plus(self._total, scaled)
-        self._moved = moved if self._moved is None else self._moved + moved
+        self._moved = moved if self._moved is None else self._moved.add_(moved)
         self.weight += weight
 
     def _plus(self, total: Curvature, added: Curvature) -> Curvature:
@@ -122,6 +122,7 @@ class ModelMixer:
         factored: bool = False,
     ) -> None:
         self._theta = theta
+        self._masks = {key for key, value in theta.items() if not torch.isfinite(value).all()}
         self._dtype = dtype
         self._spill = Spill(memory)
         self._factored = factored
@@ -131,7 +132,7 @@ class ModelMixer:
 
     def add(self, client: Mapping[str, Tensor], layers: Iterable[LayerCurvature], weight: float) -> None:
         """Fold in one client: its model θᵢ, the curvature it sent (disjoint layers), and wᵢ > 0."""
-        deltas = {key: _delta(client[key], old, self._dtype) for key, old in self._theta.items()}
+        deltas = {key: self._delta(key, client[key]) for key in self._theta}
         for layer in layers:
             delta = to_matrix([deltas.pop(key) for key in layer.block.parameters])
             for key, _ in layer.block.copies:
@@ -140,7 +141,7 @@ class ModelMixer:
             mixer = self._mixers.setdefault(layer.block, LayerMixer(self._spill, self._factored))
             mixer.add(delta, curvature, weight)
         for key, delta in deltas.items():
-            self._plain[key] = self._plain[key] + weight * delta if key in self._plain else weight * delta
+            self._plain[key] = self._plain[key].add_(delta, alpha=weight) if key in self._plain else weight * delta
         self._weight += weight
 
     def result(self, server_learning_rate: float = 1.0) -> dict[str, Tensor]:
@@ -163,6 +164,12 @@ class ModelMixer:
                 raise CurvatureError(f"the mixed {key!r} is not finite")
         return mixed
 
+    def _delta(self, key: str, new: Tensor) -> Tensor:
+        """θᵢ − θ, and 0 where they are equal: infinities, as in masks, have no difference."""
+        old = self._theta[key]
+        delta = new.to(self._dtype) - old.to(self._dtype)
+        return delta.masked_fill(new == old, 0.0) if key in self._masks else delta
+
     def _layer_steps(self, block: Block, mixer: LayerMixer) -> dict[str, Tensor]:
         try:
             steps = from_matrix(mixer.step(), [self._theta[key].shape for key in block.parameters])
@@ -170,11 +177,6 @@ class ModelMixer:
             raise CurvatureError(f"layer {block.name!r}: {error}") from error
         own = dict(zip(block.parameters, steps, strict=True))
         return own | {key: own[original] for key, original in block.copies}
-
-
-def _delta(new: Tensor, old: Tensor, dtype: torch.dtype) -> Tensor:
-    """θᵢ − θ, and 0 where they are equal: infinities, as in masks, have no difference."""
-    return (new.to(dtype) - old.to(dtype)).masked_fill(new == old, 0.0)
 
 
 def _moved(old: Tensor, step: Tensor) -> Tensor:

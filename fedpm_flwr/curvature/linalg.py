@@ -54,7 +54,9 @@ def check_positive_definite(matrix: Tensor) -> None:
     """
     trace = check_trace(matrix)
     margin = MARGIN * torch.finfo(matrix.dtype).eps * trace
-    cholesky(matrix - margin[..., None, None] * torch.eye(matrix.shape[-1]).to(matrix))
+    lowered = matrix.clone()
+    lowered.diagonal(dim1=-2, dim2=-1).sub_(margin[..., None])
+    cholesky(lowered)
 
 
 def check_trace(matrix: Tensor) -> Tensor:

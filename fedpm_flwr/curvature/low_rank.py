@@ -37,7 +37,7 @@ class LowRank(Curvature):
     def matmul(self, delta: Tensor) -> Tensor:
         self._check(delta)
         delta, basis, dtype = promoted(delta, self.basis)
-        return (delta * self.floor.to(basis) + (delta @ basis) @ basis.mT).to(dtype)
+        return torch.addmm(delta * self.floor.to(basis), delta @ basis, basis.mT).to(dtype)
 
     def solve(self, rhs: Tensor) -> Tensor:
         """R(D⁻¹ − D⁻¹U (I + UᵀD⁻¹U)⁻¹ UᵀD⁻¹), as long as that is cheaper than A⁻¹.
@@ -73,6 +73,11 @@ class LowRank(Curvature):
                 self._check(basis.mT)
                 total = LowRank(self.floor + floor, torch.cat([self.basis, basis], dim=1))
                 return total if total._is_low() else total.to_factor()
+            case KroneckerRight(factor=factor) if factor.shape == (len(self.floor),) * 2:
+                basis = self.basis.to(factor)
+                matrix = torch.addmm(factor, basis, basis.mT)
+                matrix.diagonal().add_(self.floor)
+                return KroneckerRight(matrix)
             case KroneckerRight():
                 return other.plus_closed(self.to_factor())
             case Diagonal() if (row := other.row(len(self.floor))) is not None:
