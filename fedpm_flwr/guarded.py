@@ -152,7 +152,7 @@ class Guarded(FedAvg):
 
     def ask(
         self, server_round: int, grid: Grid, requests: Iterable[Message], phase: str, extra: Mapping[str, Tensor]
-    ) -> list[Message]:
+    ) -> Iterable[Message]:
         """One more exchange in a round, before or after that of the training requests, with the same nodes.
 
         The clients find ``phase`` under ``messages.PHASE`` in the config, and ``extra`` beside θ. What
@@ -160,7 +160,7 @@ class Guarded(FedAvg):
         """
         record = messages.tensors_record(extra) if extra else ConfigRecord()
         asking = [with_extra(request, record, {messages.PHASE: phase}) for request in requests]
-        return list(grid.send_and_receive(asking, timeout=_EXCHANGE_TIMEOUT_S))
+        return grid.send_and_receive(asking, timeout=_EXCHANGE_TIMEOUT_S)
 
     def usable(
         self, server_round: int, replies: Iterable[Message], read: Callable[[Message], _Read]

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,9 +179,15 @@ class FedPM(Guarded):
             assert isinstance(weight, int | float)
             return weight if self.weighting == "num-examples" else 1.0, read_variate(reply, self._shapes())
 
-        replies = self.ask(server_round, grid, requests, messages.GRADIENT, {})
-        told = {reply.metadata.src_node_id: made for reply, made in self.usable(server_round, replies, read)}
-        common = weighted_mean(told.values())
+        told = set[int]()
+
+        def gradients() -> Iterator[tuple[float, dict[str, Tensor]]]:
+            replies = self.ask(server_round, grid, requests, messages.GRADIENT, {})
+            for reply, made in self.usable(server_round, replies, read):
+                told.add(reply.metadata.src_node_id)
+                yield made
+
+        common = weighted_mean(gradients())
         usable = [request for request in requests if request.metadata.dst_node_id in told]
         record = as_record(common, self._dtypes())
         return [with_extra(request, record, {VARIATE_ROUND: server_round}) for request in usable]
