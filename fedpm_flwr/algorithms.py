@@ -52,6 +52,7 @@ def _fedpm(config: Config, **more: Any) -> strategy.FedPM:
         weighting=config.weighting,
         max_factor_side=config.max_factor_side,
         kronecker_sum=config.kronecker_sum,
+        device="cpu" if config.device == "mps" else config.device,  # which has no float64
         **shared_by_strategies(config),
         **more,
     )

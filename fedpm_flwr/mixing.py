@@ -112,6 +112,7 @@ class ModelMixer:
         dtype: of the sums.
         memory: bytes of Kronecker factors (``LayerMixer``) to keep in memory; the others go to disk.
         factored: whether sums of Kronecker products are approximated (``LayerMixer``).
+        device: where sums are kept and computed with; by default where θ is.
     """
 
     def __init__(
@@ -120,10 +121,11 @@ class ModelMixer:
         dtype: torch.dtype = torch.float64,
         memory: int = 4 << 30,
         factored: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self._theta = theta
         self._masks = {key for key, value in theta.items() if not torch.isfinite(value).all()}
-        self._dtype = dtype
+        self._dtype, self._device = dtype, device
         self._spill = Spill(memory)
         self._factored = factored
         self._weight = 0.0
@@ -167,8 +169,8 @@ class ModelMixer:
     def _delta(self, key: str, new: Tensor) -> Tensor:
         """θᵢ − θ, and 0 where they are equal: infinities, as in masks, have no difference."""
         old = self._theta[key]
-        delta = new.to(self._dtype) - old.to(self._dtype)
-        return delta.masked_fill(new == old, 0.0) if key in self._masks else delta
+        delta = new.to(self._device, self._dtype) - old.to(self._device, self._dtype)
+        return delta.masked_fill((new == old).to(delta.device), 0.0) if key in self._masks else delta
 
     def _layer_steps(self, block: Block, mixer: LayerMixer) -> dict[str, Tensor]:
         try:
@@ -180,5 +182,5 @@ class ModelMixer:
 
 
 def _moved(old: Tensor, step: Tensor) -> Tensor:
-    new = old.to(step.dtype) + step
+    new = old.to(step.dtype) + step.to(old.device)
     return (new if old.is_floating_point() else new.round()).to(old.dtype)

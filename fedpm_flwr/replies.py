@@ -109,8 +109,9 @@ def read_curvature(
     damping_bounds: tuple[float, float] = (0.0, math.inf),
     max_factor_side: int = 8192,
     max_payload_bytes: int = 1 << 30,
+    device: torch.device | None = None,
 ) -> list[LayerCurvature]:
-    """Check the curvature in a reply; there may be none.
+    """Check the curvature in a reply; there may be none. ``device``: where to compute for that.
 
     Raises:
         ReplyError: naming what is wrong.
@@ -132,7 +133,7 @@ def read_curvature(
     except ValueError as error:
         raise ReplyError(f"its curvature: {error}") from error
     for layer in layers:
-        _check_layer(layer, damping_bounds)
+        _check_layer(layer, damping_bounds, device)
     return layers
 
 
@@ -209,12 +210,12 @@ def _range(dtype: torch.dtype) -> tuple[float, float]:
     return float(max(limits.min, -_LARGEST_WHOLE)), float(min(limits.max, _LARGEST_WHOLE))
 
 
-def _check_layer(layer: LayerCurvature, damping_bounds: tuple[float, float]) -> None:
+def _check_layer(layer: LayerCurvature, damping_bounds: tuple[float, float], device: torch.device | None) -> None:
     """One client's indefinite P could make the sum singular, or nearly so, for everyone."""
     name, (low, high) = f"layer {layer.block.name!r:.{_MAX_QUOTE}}", damping_bounds
     if not low <= layer.damping <= high:
         raise ReplyError(f"its curvature: {name}: damping {layer.damping} is not in [{low}, {high}]")
     try:
-        layer.curvature.to(torch.float64).damped(layer.damping).check_positive_definite()
+        layer.curvature.to(torch.float64, device).damped(layer.damping).check_positive_definite()
     except (CurvatureError, RuntimeError, MemoryError) as error:  # the last two: no memory for it
         raise ReplyError(f"its curvature: {name}: {error}") from error

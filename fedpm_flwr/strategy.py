@@ -26,6 +26,7 @@ from .guarded import Guarded, with_extra
 from .mixing import ModelMixer
 from .replies import Update, read_curvature, read_metrics, with_common_metrics
 from .report import PREFIX
+from .training import pick_device
 
 _log = logging.getLogger("flwr")
 
@@ -52,6 +53,7 @@ class FedPM(Guarded):
         correction: of the local gradients, so that the global optimum is a fixed point of many local steps too
             (docs/algorithm.md). ``none``; ``control-variate``: by gᵢ − cᵢ + c with the pair of the
             client's last round; ``fresh``: with that of this round, by one more exchange.
+        device: where to mix: ``auto`` (CUDA where there is one, else the CPU), or one that computes in float64.
         state_folder: where the clients' cᵢ are kept during a run; by default the system's temporary folder.
         max_payload_bytes: replies with more bytes of curvature are left out unread.
         strategy: what ``Guarded`` and ``flwr.serverapp.strategy.FedAvg`` take.
@@ -72,6 +74,7 @@ class FedPM(Guarded):
         max_factor_memory: int = 4 << 30,
         max_payload_bytes: int = 1 << 30,
         correction: str = "none",
+        device: str = "auto",
         state_folder: str | None = None,
         **strategy: Any,
     ) -> None:
@@ -97,6 +100,7 @@ class FedPM(Guarded):
         self.max_factor_memory = max_factor_memory
         self.max_payload_bytes = max_payload_bytes
         self.correction = correction
+        self.device = pick_device(device)
         self.state_folder = None if state_folder is None else Path(state_folder)
         self._variates: Variates | None = None
 
@@ -107,6 +111,7 @@ class FedPM(Guarded):
         _log.info("\t\t├── Server learning rate: %g", self.server_learning_rate)
         _log.info("\t\t├── Weighting: %s", self.weighting)
         _log.info("\t\t├── Correction: %s", self.correction)
+        _log.info("\t\t├── Device: %s", self.device)
         _log.info("\t\t└── Codec: %s", self.codec)
 
     def configure_train(
@@ -131,7 +136,8 @@ class FedPM(Guarded):
         Raises:
             CurvatureError: there are none, or the mixed model is not finite.
         """
-        mixer = ModelMixer(self._theta, memory=self.max_factor_memory, factored=self.kronecker_sum == "factored")
+        factored = self.kronecker_sum == "factored"
+        mixer = ModelMixer(self._theta, memory=self.max_factor_memory, factored=factored, device=self.device)
         contents: list[RecordDict] = []  # of the replies, their metrics alone
         curved = False
         for reply, update in usable:
@@ -167,6 +173,7 @@ class FedPM(Guarded):
             damping_bounds=self.damping_bounds,
             max_factor_side=self.max_factor_side,
             max_payload_bytes=self.max_payload_bytes,
+            device=self.device,
         )
         extra = read_variate(reply, self._shapes()) if self.correction == "control-variate" else {}
         return replace(update, layers=layers, extra=extra)

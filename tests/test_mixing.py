@@ -35,6 +35,7 @@ from fedpm_flwr.wire import decode, encode
 
 from .helpers import CODECS, COLUMNS, MAKERS, ROWS, random_curvature, relative_error
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 EPSILON = torch.finfo(torch.float64).eps
 BLOCK = Block("layer", ("layer.weight", "layer.bias"))
 ANY_NUMBER = st.integers(1, 6)
@@ -190,13 +191,15 @@ def model_of(matrix: Tensor) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(clients())
 @settings(max_examples=50)
-def test_a_whole_model_mixes_its_layers_and_averages_the_rest(given: Clients) -> None:
-    mixer = ModelMixer(model_of(given.theta))
+def test_a_whole_model_mixes_its_layers_and_averages_the_rest(device: str, given: Clients) -> None:
+    mixer = ModelMixer(model_of(given.theta), device=torch.device(device))
     for model, curvature, weight in zip(given.models, given.curvatures, given.weights, strict=True):
         mixer.add(model_of(model), [LayerCurvature(BLOCK, curvature, 0.0)], weight)
     result = mixer.result()
+    assert {value.device.type for value in result.values()} == {"cpu"}  # as θ
     layer = to_matrix([result["layer.weight"], result["layer.bias"]])
     assert relative_error(layer, given.mixed()) < given.tolerance
     weights = torch.tensor(given.weights, dtype=torch.float64) / sum(given.weights)

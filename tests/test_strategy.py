@@ -387,6 +387,7 @@ def test_a_mixture_that_is_not_finite_keeps_the_model(caplog: pytest.LogCaptureF
         ({"server_learning_rate": 0.0}, "server_learning_rate must be"),
         ({"weighting": "fair"}, "unknown weighting 'fair'; allowed: num-examples, uniform"),
         ({"codec": "zip"}, "unknown codec 'zip'"),
+        ({"device": "cuda:99"}, "device='cuda:99' is not usable here"),
         ({"damping_bounds": (1.0, 0.1)}, "damping_bounds must be"),
     ],
 )
