@@ -210,7 +210,9 @@ def _range(dtype: torch.dtype) -> tuple[float, float]:
     return float(max(limits.min, -_LARGEST_WHOLE)), float(min(limits.max, _LARGEST_WHOLE))
 
 
-def _check_layer(layer: LayerCurvature, damping_bounds: tuple[float, float], device: torch.device | None) -> None:
+def _check_layer(
+    layer: LayerCurvature, damping_bounds: tuple[float, float], device: torch.device | None = None
+) -> None:
     """One client's indefinite P could make the sum singular, or nearly so, for everyone."""
     name, (low, high) = f"layer {layer.block.name!r:.{_MAX_QUOTE}}", damping_bounds
     if not low <= layer.damping <= high:
