@@ -15,7 +15,7 @@ from .report import PREFIX
 
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.05, 1.0
 _AHEAD_BYTES = 32 << 20
-_MOST_AHEAD = 256
+_MOST_AHEAD = 10_000
 _MOST_NAMED = 20
 """Nodes that one warning names."""
 _log = logging.getLogger("flwr")

@@ -10,7 +10,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from . import messages
-from .grids import WrappedGrid
+from .grids import StreamingGrid, WrappedGrid
 from .report import PREFIX
 
 _QUERY_TIMEOUT_S = 600.0
@@ -71,7 +71,7 @@ class PartitionOrderedGrid(WrappedGrid):
             Message(RecordDict(), dst_node_id=node, message_type=messages.PARTITION_QUERY) for node in nodes
         ]
         self._tries.update(nodes)
-        for reply in self.inner.send_and_receive(queries, timeout=_QUERY_TIMEOUT_S):
+        for reply in StreamingGrid(self.inner).send_and_receive(queries, timeout=_QUERY_TIMEOUT_S):
             if reply.has_content():
                 metrics = reply.content.metric_records.get(messages.METRICS, MetricRecord())
                 answer = metrics.get(messages.PARTITION_ID)

@@ -43,7 +43,8 @@ def partition_indices(
             num_partitions, partition_by="label", alpha=alpha, min_partition_size=0, seed=seed
         )
     partitioner.dataset = datasets.Dataset.from_dict({"label": labels[order], "index": order})
-    parts = [list(partitioner.load_partition(i)["index"]) for i in range(num_partitions)]
+    # A whole column at once: example by example takes minutes where there are a thousand clients.
+    parts = [partitioner.load_partition(i)[:]["index"] for i in range(num_partitions)]
     for part in parts:
         while len(part) < least:
             part.append(max(parts, key=len).pop())
