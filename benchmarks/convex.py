@@ -15,11 +15,9 @@ from clients to server in all rounds, and seconds, with other runs beside it.
 
 import argparse
 import itertools
-import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -36,11 +34,11 @@ from torch import nn
 
 from fedpm_flwr.config import ALGORITHMS, Config
 from fedpm_flwr.objective import Objective
-from fedpm_flwr.report import PREFIX
 from fedpm_flwr.tasks import build_model, client_data, load_dataset
 from fedpm_flwr.training import loader
 
-from .compare import Rounds, read_rounds, run_all
+from .compare import Rounds, run_all
+from .on_ray import run_on_ray
 from .table import Row, publish
 
 CLIENTS = {"a9a": 80, "w8a": 142, "breast-cancer": 10}
@@ -77,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 fraction_train=given.participation,
             )
             configs = [configure(base, method, steps) for method, steps in given.methods]
-            done = _run(configs, CLIENTS[name], given.backend, given.jobs)
+            on_ray = given.backend == "ray"
+            done = run_on_ray(configs, CLIENTS[name]) if on_ray else run_all(configs, CLIENTS[name], given.jobs)
             complete = [config for config in configs if config.output in done]
             rows += [row(name, config, done[config.output]) for config in complete]
             curves[name] = {
@@ -237,21 +236,6 @@ def plot(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Non
     figure.legend(lines_by_label.values(), lines_by_label.keys(), loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
-
-
-def _run(configs: Sequence[Config], clients: int, backend: str, jobs: int) -> dict[str, Rounds]:
-    if backend == "inline":
-        return run_all(configs, clients, jobs)
-    done = {}
-    simulate = Path(__file__).resolve().parent.parent / "scripts" / "simulate.py"
-    for config in configs:
-        settings = [f"{key}={json.dumps(value)}" for key, value in config.to_run_config().items()]
-        command = [sys.executable, str(simulate), "--nodes", str(clients), *settings]
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0:
-            done[config.output] = read_rounds(Path(config.output))
-        else:
-            print(f"{PREFIX}left out of the table, since it failed: {Path(config.output).name}", file=sys.stderr)
-    return done
 
 
 def _rounded(value: float) -> float:

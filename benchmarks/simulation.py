@@ -1,0 +1,151 @@
+"""What a thousand clients take: whole runs of Flower's simulation, FedPM beside FedAvg, in the same harness.
+
+    python -m benchmarks.simulation [--clients 100,1000] [--methods fedpm,fedpm:auto,fedavg] [--rounds 5]
+
+Each run is ``flwr run`` with that many SuperNodes over Ray (scripts/simulate.py), on 20,000 noisy copies of
+scikit-learn's digits, 64 features, a linear model, Dirichlet 0.1. fedpm: FOOF's matrices in full, or by the
+codec after the colon.
+
+Columns: seconds, from the command's start to its end; times_fedavg; start_seconds, before the first round:
+SuperLink, installation, Ray; first_round, which has the imports of Ray's workers, their data and partitions, and
+the question to each node which partition it has; round_seconds, of the rounds after it, on average; work_seconds,
+of the same rounds in one process without Ray: the work of clients and server itself. What round_seconds are more
+than a core's share of that is Flower's and Ray's: handing out messages, their copies, polling.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+from fedpm_flwr.config import Config, ConfigError, check_codec
+
+from .compare import Rounds, run_all
+from .on_ray import run_on_ray
+from .table import Row, publish
+
+_EXAMPLES, _NOISE = 20_000, 0.05
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parse(arguments)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="fedpm-flwr-") as folder:
+        data = make_data(Path(folder))
+        for clients in given.clients:
+            for method in given.methods:
+                config = config_of(method, clients, given.rounds, data, Path(folder) / f"{method}-{clients}")
+                rows.append(measure(config, method, clients))
+                print(rows[-1], flush=True)
+    rows = [{**row, "times_fedavg": _times_fedavg(row, rows)} for row in rows]
+    publish("simulation", rows, given.output, rounds=given.rounds)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.simulation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--clients", default="100,1000", help="default: %(default)s")
+    parser.add_argument("--methods", default="fedpm,fedpm:auto,fedavg", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help="write the table as JSON to this file too")
+    given = parser.parse_args(arguments)
+    given.methods = given.methods.split(",")
+    for method in given.methods:
+        algorithm, _, codec = method.partition(":")
+        try:
+            Config(algorithm=algorithm)
+            if codec:
+                check_codec(codec)
+        except ConfigError as error:
+            parser.error(str(error))
+    try:
+        given.clients = [int(number) for number in given.clients.split(",")]
+    except ValueError:
+        given.clients = [0]
+    if min(*given.clients, given.rounds - 1) < 1:
+        parser.error("--clients and --rounds are whole numbers; allowed: >= 1 clients, >= 2 rounds")
+    return given
+
+
+def make_data(folder: Path) -> Path:
+    """Digits, each many times, with noise: enough examples for a thousand clients."""
+    digits, random = load_digits(), np.random.default_rng(0)
+    x, y = (digits.data / 16).astype(np.float32), digits.target
+    chosen = random.integers(len(x), size=_EXAMPLES)
+    noise = random.normal(0.0, _NOISE, (_EXAMPLES, x.shape[1])).astype(np.float32)
+    path = folder / "digits.npz"
+    np.savez(path, x_train=x[chosen] + noise, y_train=y[chosen], x_test=x, y_test=y)
+    return path
+
+
+def config_of(method: str, clients: int, rounds: int, data: Path, output: Path) -> Config:
+    """The settings of a run, one pass over the data a round."""
+    algorithm, _, codec = method.partition(":")
+    more: dict[str, Any] = {"codec": codec} if codec else {}
+    return Config(
+        algorithm=algorithm,
+        dataset=f"npz:{data}",
+        model="linear",
+        num_server_rounds=rounds,
+        local_epochs=1,
+        min_available_nodes=clients,
+        output=str(output),
+        **more,
+    )
+
+
+def measure(config: Config, method: str, clients: int) -> dict[str, str | int | float | None]:
+    """One run on Ray, and the same in one process."""
+    started = time.perf_counter()
+    ran = run_on_ray([config], clients)
+    seconds = time.perf_counter() - started
+    if not ran:
+        raise SystemExit(f"{method} with {clients} clients failed; see above")
+    (real,) = ran.values()
+    (alone,) = run_all([replace(config, output=f"{config.output}-alone")], clients, 1).values()
+    algorithm, _, codec = method.partition(":")
+    return {
+        "clients": clients,
+        "method": algorithm,
+        "codec": codec or (config.codec if algorithm == "fedpm" else None),
+        "seconds": _rounded(seconds),
+        "start_seconds": _rounded(seconds - sum(row["seconds"] for row in real)),
+        "first_round": _rounded(real[1]["seconds"]),
+        "round_seconds": _mean_seconds(real),
+        "work_seconds": _mean_seconds(alone),
+    }
+
+
+def _mean_seconds(rounds: Rounds) -> float:
+    """Of the rounds after the first."""
+    return _rounded(statistics.fmean(row["seconds"] for row in rounds[2:]))
+
+
+def _times_fedavg(row: Row, rows: Sequence[Row]) -> float | None:
+    for other in rows:
+        if other["method"] == "fedavg" and other["clients"] == row["clients"]:
+            seconds, reference = row["seconds"], other["seconds"]
+            assert isinstance(seconds, float)
+            assert isinstance(reference, float)
+            return _rounded(seconds / reference)
+    return None
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

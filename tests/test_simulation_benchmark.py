@@ -1,0 +1,49 @@
+"""The simulation's benchmark: arguments, data, and a run's row. Real runs on Ray are in test_simulation.py."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import simulation
+from benchmarks.compare import Rounds
+from benchmarks.simulation import config_of, main, make_data, measure
+
+
+def test_every_client_has_examples(tmp_path: Path) -> None:
+    data = np.load(make_data(tmp_path))
+    assert data["x_train"].shape == (20_000, 64)
+    assert set(data["y_train"]) == set(range(10))
+    config = config_of("fedpm:auto", 1000, 5, tmp_path / "digits.npz", tmp_path / "out")
+    assert (config.algorithm, config.codec, config.min_available_nodes) == ("fedpm", "auto", 1000)
+
+
+def test_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From runs of 3 rounds, of which the first is told apart."""
+    rounds: Rounds = [
+        {"round": i, "seconds": seconds, "test-accuracy": 0.5} for i, seconds in enumerate([0, 9, 2, 4])
+    ]
+    monkeypatch.setattr(simulation, "run_on_ray", lambda configs, nodes: {c.output: rounds for c in configs})
+    config = config_of("fedpm", 6, 3, make_data(tmp_path), tmp_path / "run")
+    row = measure(config, "fedpm", 6)
+    assert (row["clients"], row["method"], row["codec"]) == (6, "fedpm", "triangle-float32")
+    assert (row["first_round"], row["round_seconds"]) == (9, 3)
+    assert isinstance(row["work_seconds"], float)
+    assert 0 < row["work_seconds"] < 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "fedsgd"], "algorithm='fedsgd' is not allowed"),
+        (["--methods", "fedpm:zip"], "unknown codec 'zip'"),
+        (["--clients", "ten"], "--clients and --rounds are whole numbers; allowed: >= 1 clients, >= 2 rounds"),
+        (["--rounds", "1"], "--clients and --rounds are whole numbers; allowed: >= 1 clients, >= 2 rounds"),
+    ],
+)
+def test_arguments_that_make_no_sense(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
