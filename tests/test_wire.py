@@ -302,6 +302,15 @@ def test_a_payload_over_the_limit_is_refused_unread() -> None:
         decode(payload(), SHAPES, max_bytes=10)
 
 
+def test_few_bytes_that_stand_for_large_matrices_are_refused_unread() -> None:
+    """A curvature of rank 1 is 100 numbers; the dense one that it may say to be takes 40 KB."""
+    block = Block("l", ("w",))
+    data = encode([LayerCurvature(block, Dense(torch.eye(100)), 1.0)], "rank-1")
+    assert len(decode(data, {"w": (10, 10)}, max_bytes=10_000)) == 1
+    with pytest.raises(PayloadError, match="its matrices have 40000 bytes, more than the 39996 allowed"):
+        decode(data, {"w": (10, 10)}, max_bytes=9_999)
+
+
 @given(st.data())
 @settings(max_examples=300)
 def test_damaged_bytes_raise_the_one_error_or_are_valid(data: st.DataObject) -> None:

@@ -26,6 +26,8 @@ DEFAULT_SHARE = 0.05
 """Of the parameters' bytes, what ``codec="auto"`` may spend."""
 _HEADER_LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 4 << 20
+_DECODED_BYTES, _DECODED_SHARE = 4, 4
+"""Of a number, as it arrives; of all of them, how many times the bytes that a payload may have."""
 _MAX_QUOTE = 100
 """Longest part of a stranger's bytes that an error message repeats."""
 _METADATA = "__metadata__"
@@ -126,7 +128,8 @@ def decode(
     Args:
         data: what ``encode`` made.
         shapes: the shape of every parameter of the model, by name.
-        max_bytes: payloads longer than this are refused unread.
+        max_bytes: payloads longer than this are refused unread, and such whose matrices would take more than
+            four times as many: eight numbers can stand for a matrix of any side.
         max_side: matrices larger than this are refused unread.
 
     Raises:
@@ -139,12 +142,18 @@ def decode(
     entries = _read_entries(header.pop(_METADATA))
     seen: set[str] = set()
     expected: dict[str, tuple[str, list[int]]] = {}
+    decoded_bytes = 0
     for index, entry in enumerate(entries):
         _check_entry(entry, shapes, seen)
         kind = _KINDS[entry["kind"]]
         side = kind.side(entry["shapes"])
         if side > max_side:
             raise PayloadError(f"{_where(entry)}: side {side}, more than the {max_side} allowed")
+        decoded_bytes += sum(_DECODED_BYTES * math.prod(shape) for shape in entry["shapes"].values())
+        if decoded_bytes > _DECODED_SHARE * max_bytes:
+            raise PayloadError(
+                f"its matrices have {decoded_bytes} bytes, more than the {_DECODED_SHARE * max_bytes} allowed"
+            )
         try:
             needed = layout(kind, entry["shapes"], entry["codecs"])
         except ValueError as error:
