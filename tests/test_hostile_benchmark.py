@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import hostile
 from fedpm_flwr.curvature import Block, Diagonal, LayerCurvature
-from fedpm_flwr.wire import PayloadError
+from fedpm_flwr.wire import PayloadError, decode
 
 
 def test_no_payload_does_harm(capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,7 +22,7 @@ def test_every_change_makes_payloads_that_are_refused_and_most_some_that_are_not
         refused = 0
         for case in range(300):
             try:
-                hostile.decode(change(payload, random.Random(case)), hostile._SHAPES, hostile.MAX_BYTES)
+                decode(change(payload, random.Random(case)), hostile._SHAPES, hostile.MAX_BYTES)
             except PayloadError:
                 refused += 1
         assert refused > 0, change
