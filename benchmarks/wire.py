@@ -8,7 +8,7 @@ client under FedAvg. With --data, accuracy too: LeNet on CIFAR-10, 10 clients, D
 codec the same seeds, through the application's own ServerApp and ClientApp; LocalNewton and FedAvg beside it.
 
 Columns: uplink_ratio, a reply's bytes by FedAvg's, all in; layers, of which curvature is sent; seconds to encode
-(and decode once, since the client has to know) and to decode; accuracy on the test set after the last round, mean
+and to decode; accuracy on the test set after the last round, mean
 and standard deviation over seeds; minus_full, the mean difference to triangle-float32 seed by seed, in points, and
 its standard error; MB from clients to server in all.
 """
