@@ -45,6 +45,8 @@ _KEY = "{} arrays, packed by fedpm-flwr: " + _HINT
 _STATE_FOLDER = "state-folder"
 _KINDS = "biufc"
 """Of NumPy's dtypes: numbers."""
+_FLOATS = (np.dtype("float16"), np.dtype("float32"), np.dtype("float64"))
+"""What has changes that torch can compute with."""
 _KEPT = 4
 """Exchanges whose requests are remembered, to read changes against."""
 _MAX_QUOTE = 100
@@ -165,7 +167,7 @@ def _change(
 ) -> tuple[Entry, np.ndarray, Tensor | None]:
     """An array's rounded change and what that leaves out; or the array as it is, where it has no finite change."""
     entry = _entry(key, array)
-    if before is None or array.dtype.kind != "f" or (before.dtype, before.shape) != (array.dtype, array.shape):
+    if before is None or array.dtype not in _FLOATS or (before.dtype, before.shape) != (array.dtype, array.shape):
         return entry, array, None
     change = torch.from_numpy(array).double() - torch.from_numpy(before).double()
     if left is not None and left.shape == change.shape:
@@ -204,7 +206,7 @@ def _line_up(parts: Sequence[tuple[Entry, np.ndarray]]) -> _Lined | None:
         by_dtype.setdefault(str(part.dtype), []).append(part.reshape(-1))
         if part.dtype.kind not in _KINDS:
             return None
-    record = {_KEY.format(dtype): Array(np.concatenate(each)) for dtype, each in by_dtype.items()}
+    record = {_KEY.format(dtype): Array(np.concatenate(each, dtype=dtype)) for dtype, each in by_dtype.items()}
     return ArrayRecord(record), [entry for entry, _ in parts]
 
 

@@ -32,7 +32,7 @@ from fedpm_flwr.strategy import FedPM
 
 from .apps import federate, ordered, regression_client, tell_partitions
 
-NUMBERS = ["float32", "float64", "float16", "int64", "int8", "uint8", "bool", "complex64"]
+NUMBERS = ["float32", "float64", "float16", "int64", "int8", "uint8", "bool", "complex64", ">f4"]
 KEYS = st.text(min_size=1, max_size=20)
 ARRAYS = st.dictionaries(
     KEYS,
@@ -251,6 +251,18 @@ def test_what_rounding_leaves_out_comes_with_the_next_change(
         worst = float((arrived[key] - 12 * changes[key].double()).abs().max())
         assert worst <= 1.01 * error * largest * (1 + error) + 24 * torch.finfo(dtype).eps * largest
     assert int(arrived["n"]) == 12 * 5
+
+
+def test_arrays_that_torch_does_not_know_travel_as_they_are(tmp_path: Path) -> None:
+    swapped = Array(np.array([1.5, 2.5], dtype=">f4"))
+
+    def client(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"arrays": ArrayRecord({"a": swapped})}), reply_to=message)
+
+    (reply,) = exchange(
+        PackedGrid(Loop(client, {"state-folder": str(tmp_path)}), "int8"), ArrayRecord({"a": swapped})
+    )
+    assert reply.content.array_records["arrays"]["a"].data == swapped.data
 
 
 @pytest.mark.parametrize(("update", "share"), [("int8", 0.25), ("bfloat16", 0.5)])
