@@ -144,8 +144,7 @@ def _pack(content: RecordDict, packed: dict[int, _Lined | None], update: str = "
 
 def _pack_changes(content: RecordDict, request: RecordDict, update: str, kept: ClientState) -> RecordDict:
     """The content with what has changed since the request in few bits; what they leave out is kept."""
-    rounds = kept.rounds()
-    left = kept.load(rounds[-1]) if rounds else {}
+    left = kept.load()
     lined, rest = {}, dict[str, Tensor]()
     for name, record in content.array_records.items():
         before, parts = _like(request, set(record)), []
@@ -156,7 +155,7 @@ def _pack_changes(content: RecordDict, request: RecordDict, update: str, kept: C
                 rest[f"{name}/{key}"] = left_out
         lined[name] = _line_up(parts)
     try:
-        kept.save(rounds[-1] + 1 if rounds else 1, rest)
+        kept.save(0, rest)  # in place of the last
     except OSError as error:
         _log.warning("what rounding leaves out of a change could not be kept, and is lost: %s", error)
     return _with_lined(content, lined)
@@ -221,10 +220,10 @@ def _spread_out(record: ArrayRecord, entries: Sequence[Entry], before: Mapping[s
     spread: dict[str, Array] = {}
     for entry in entries:
         stored = str(STORED[entry.update]).removeprefix("torch.") if entry.update != "none" else entry.dtype
-        if entry.key in spread or stored not in lines or not all(type(n) is int and n >= 0 for n in entry.shape):
+        if stored not in lines or not all(type(n) is int and n >= 0 for n in entry.shape):
             raise ValueError(f"the entry {entry!r:.{_MAX_QUOTE}} does not fit")
         start, end = used[stored], used[stored] + math.prod(entry.shape)
-        if lines[stored].ndim != 1 or end > len(lines[stored]):
+        if end > len(lines[stored]):
             raise ValueError(f"there are no {end} numbers of dtype {stored}")
         part, used[stored] = lines[stored][start:end].reshape(entry.shape), end
         spread[entry.key] = Array(part if entry.update == "none" else _after(entry, part, before[entry.key]))

@@ -57,7 +57,7 @@ class Slow(WrappedGrid):
         self._delays, self._gone, self._lost = delays, gone, lost
         self._ready: dict[str, float] = {}
         self._node: dict[str, int] = {}
-        self.replies: list[weakref.ref[Message]] = []
+        self.arrays: list[weakref.ref[ArrayRecord]] = []
         self.most_alive = 0
         self.pulls = 0
 
@@ -86,10 +86,15 @@ class Slow(WrappedGrid):
                 failed.metadata.__dict__["_reply_to_message_id"] = reply.metadata.reply_to_message_id
                 reply = failed
             replies.append(reply)
-        self.replies += [weakref.ref(reply) for reply in replies]
         gc.collect()
-        self.most_alive = max(self.most_alive, sum(ref() is not None for ref in self.replies))
+        records = [record for reply in replies if reply.has_content() for record in _arrays_of(reply)]
+        self.arrays += [weakref.ref(record) for record in records]
+        self.most_alive = max(self.most_alive, sum(ref() is not None for ref in self.arrays))
         return replies
+
+
+def _arrays_of(reply: Message) -> list[ArrayRecord]:
+    return list(reply.content.array_records.values())
 
 
 def requests(grid: Grid) -> list[Message]:
@@ -164,7 +169,19 @@ class Matrix(torch.nn.Module):
         self.w = torch.nn.Parameter(torch.zeros(1800, 1800))
 
 
-@pytest.mark.parametrize(("strategy", "most"), [(FedPM, 3), (FedAvg, 9)])
+def test_what_nobody_asked_for_is_passed_over() -> None:
+    """The SuperLink may send along messages of other sorts."""
+
+    class Odd(WrappedGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            replies = list(self.inner.pull_messages(message_ids))
+            return [*(Message(RecordDict(), dst_node_id=1, message_type="query") for _ in replies), *replies]
+
+    inline = InlineGrid(reply_app(4), 5, {}, seed=3)
+    assert sorted(partitions(StreamingGrid(Odd(inline)).send_and_receive(requests(inline)))) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("strategy", "most"), [(FedPM, 2), (FedAvg, 9)])
 def test_fedpm_holds_few_replies_whatever_their_number(strategy: type[FedAvg], most: int) -> None:
     """It folds them in one at a time, where a stock strategy makes a list of them."""
     grids: list[Slow] = []
