@@ -293,7 +293,7 @@ def _times_fedavg(row: Row, rows: Sequence[Row]) -> float | None:
 
 
 def _no_client(message: Message, context: Context) -> Message:
-    raise AssertionError("replies lie ready")
+    raise NotImplementedError  # replies lie ready
 
 
 def _rounded(value: float) -> float:

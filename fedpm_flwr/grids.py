@@ -66,10 +66,16 @@ class WrappedGrid(Grid):
         return self.inner.push_messages(self.outgoing(messages))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return map(self.incoming, self.inner.pull_messages(message_ids))
+        return self._received(self.inner.pull_messages(message_ids))
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return map(self.incoming, self.inner.send_and_receive(self.outgoing(messages), timeout=timeout))
+        return self._received(self.inner.send_and_receive(self.outgoing(messages), timeout=timeout))
+
+    def _received(self, replies: Iterable[Message]) -> list[Message]:
+        waiting, received = list(replies)[::-1], []
+        while waiting:  # each is let go of before the next, so that no two forms of all are held
+            received.append(self.incoming(waiting.pop()))
+        return received
 
 
 class StreamingGrid(WrappedGrid):
@@ -87,34 +93,39 @@ class StreamingGrid(WrappedGrid):
         """Push all messages; what is returned pulls the replies as it is gone through."""
         end = None if timeout is None else time.monotonic() + timeout
         requests = list(messages)
-        nodes = [request.metadata.dst_node_id for request in requests]
-        # Flower says None of a message that it could not push.
         ids: list[str | None] = list(self.push_messages(requests))
+        if len(ids) != len(requests):  # some Grids leave out what could not be pushed, others say None of it
+            known = set(ids)
+            ids = [key if (key := request.metadata.message_id) in known else None for request in requests]
+        nodes = [request.metadata.dst_node_id for request in requests]
         pushed = {key: node for key, node in zip(ids, nodes, strict=True) if key is not None}
         self._name([node for key, node in zip(ids, nodes, strict=True) if key is None], "could not be reached")
-        return self._replies(pushed, end, f"did not reply within {timeout} s")
+        size = max((count_bytes(request.content) for request in requests), default=0)
+        return self._replies(pushed, size, end, f"did not reply within {timeout} s")
 
-    def _replies(self, waiting: dict[str, int], end: float | None, silence: str) -> Iterator[Message]:
-        """Of these messages, given with their nodes, in this order."""
+    def _replies(self, waiting: dict[str, int], size: int, end: float | None, silence: str) -> Iterator[Message]:
+        """Of these messages, given with their nodes, in this order; ``size``: of the largest request."""
         ahead: dict[str, Message] = {}
         silent: list[int] = []
         largest, wait = 0, _SHORTEST_WAIT_S
         while waiting:
             is_late = end is not None and time.monotonic() >= end
-            head = next(iter(waiting))
-            turn = islice(waiting, max(1, min(_MOST_AHEAD, _AHEAD_BYTES // largest)) if largest else 1)
+            turn = list(islice(waiting, max(1, min(_MOST_AHEAD, _AHEAD_BYTES // largest)) if largest else 1))
             for reply in self.pull_messages([key for key in turn if key not in ahead]):
                 if reply.metadata.reply_to_message_id in waiting:
                     ahead[reply.metadata.reply_to_message_id] = reply
-                    largest = max(largest, count_bytes(reply.content) if reply.has_content() else 1)
+                    if reply.has_content():  # errors are small, and say nothing of the others
+                        largest = max(largest, size, count_bytes(reply.content), 1)
                 del reply  # else it would be held until the next
-            if head in ahead:
-                wait = _SHORTEST_WAIT_S
-                while waiting and (head := next(iter(waiting))) in ahead:
-                    yield _as_from(waiting.pop(head), ahead.pop(head))
-            elif is_late:
-                silent.append(waiting.pop(head))
-            else:
+            for key in turn:
+                if key in ahead:
+                    wait = _SHORTEST_WAIT_S
+                    yield _as_from(waiting.pop(key), ahead.pop(key))
+                elif is_late:
+                    silent.append(waiting.pop(key))
+                else:
+                    break
+            if waiting and not is_late and next(iter(waiting)) not in ahead:
                 time.sleep(wait if end is None else min(wait, max(end - time.monotonic(), 0)))
                 wait = min(2 * wait, _LONGEST_WAIT_S)
         self._name(silent, silence)

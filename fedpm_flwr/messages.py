@@ -156,4 +156,13 @@ def count_bytes(content: RecordDict) -> int:
         *content.metric_records.values(),
         *content.config_records.values(),
     ]
-    return sum(record.count_bytes() for record in records)
+    return sum(_count_bytes(record) for record in records)
+
+
+def _count_bytes(record: ArrayRecord | MetricRecord | ConfigRecord) -> int:
+    """Flower cannot count an empty list: it looks at its first element."""
+    if isinstance(record, ConfigRecord):
+        record = ConfigRecord({key: value for key, value in record.items() if value != []})
+    elif isinstance(record, MetricRecord):
+        record = MetricRecord({key: value for key, value in record.items() if value != []})
+    return record.count_bytes()

@@ -11,23 +11,22 @@ under any strategy.
 By ``PackedGrid(grid, update="int8")``, or ``"bfloat16"``, training replies hold the change θᵢ − θ in so few bits
 (``wire.change``) and are read as θ + change, so that strategies still get full weights. What rounding left out
 the client keeps on its disk and adds to its next change (error feedback: Seide et al., Interspeech 2014;
-Karimireddy et al., ICML 2019).
+Karimireddy et al., ICML 2019); but not where the request asks for clipped changes, as differential privacy does.
 """
 
 import copy
 import json
 import logging
 import math
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, Metadata, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import ErrorCode, SType
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -47,8 +46,12 @@ _KINDS = "biufc"
 """Of NumPy's dtypes: numbers."""
 _FLOATS = (np.dtype("float16"), np.dtype("float32"), np.dtype("float64"))
 """What has changes that torch can compute with."""
-_KEPT = 4
-"""Exchanges whose requests are remembered, to read changes against."""
+_KEPT_BYTES = 1 << 30
+"""Of requests that nobody has replied to, beside the newest."""
+_MOST_ENTRIES = 20_000
+"""Arrays of a message: without a limit, few bytes could stand for millions of empty ones."""
+_CLIPPED = "clipping_norm"
+"""In the config of a request by which Flower's differential privacy bounds the change."""
 _MAX_QUOTE = 100
 _log = logging.getLogger("flwr")
 
@@ -83,18 +86,38 @@ class PackedGrid(WrappedGrid):
         if update not in UPDATES:
             raise ValueError(f"unknown update {update!r}; allowed: {', '.join(UPDATES)}")
         self._update = update
-        self._sent: deque[list[tuple[Metadata, RecordDict]]] = deque(maxlen=_KEPT)
-        self._by_id: dict[str, RecordDict] | None = None
+        self._requests: dict[str, RecordDict] = {}  # by message ID, until they are replied to
 
     def outgoing(self, messages: Iterable[Message]) -> list[Message]:
-        given = list(messages)
         packed: dict[int, _Lined | None] = {}
-        sent = [_with_content(message, _pack(message.content, packed, self._update)) for message in given]
-        if self._update != "none":
-            # A Grid gives messages their IDs while it sends them.
-            self._sent.append([(message.metadata, message.content) for message in given])
-            self._by_id = None
-        return sent
+        return [_with_content(message, _pack(message.content, packed, self._update)) for message in messages]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        given = list(messages)
+        ids = super().push_messages(given)
+        self._remember(given)
+        return ids
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        given = list(messages)
+        replies = list(self.inner.send_and_receive(self.outgoing(given), timeout=timeout))
+        self._remember(given)
+        return self._received(replies)
+
+    def _remember(self, messages: Iterable[Message]) -> None:
+        """What changes are to be added to; Grids give messages their IDs while they send them."""
+        if self._update == "none":
+            return
+        for message in messages:
+            self._requests[message.metadata.message_id] = RecordDict({**message.content.array_records})
+        # Who never replies must not keep old models in memory for ever.
+        kept, size = set[int](), 0
+        for key, content in reversed(list(self._requests.items())):
+            new = [record for record in content.array_records.values() if id(record) not in kept]
+            size += sum(record.count_bytes() for record in new)
+            if kept and new and size > _KEPT_BYTES:
+                del self._requests[key]
+            kept |= {id(record) for record in content.array_records.values()}
 
     def incoming(self, reply: Message) -> Message:
         if reply.has_error() and _HINT in str(reply.error.reason):
@@ -102,14 +125,10 @@ class PackedGrid(WrappedGrid):
         if not (reply.has_content() and PACKED in reply.content.config_records):
             return reply
         try:
-            return _with_content(reply, _unpack(reply.content, self._request_of(reply)))
+            request = self._requests.pop(reply.metadata.reply_to_message_id, RecordDict())
+            return _with_content(reply, _unpack(reply.content, request))
         except PackingError as error:
             return _failed(reply, f"its packed arrays cannot be read: {error}")
-
-    def _request_of(self, reply: Message) -> RecordDict:
-        if self._by_id is None:
-            self._by_id = {metadata.message_id: content for sent in self._sent for metadata, content in sent}
-        return self._by_id.get(reply.metadata.reply_to_message_id, RecordDict())
 
 
 def packed_arrays(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -120,13 +139,18 @@ def packed_arrays(message: Message, context: Context, call_next: ClientAppCallab
     if update not in UPDATES:
         raise PackingError(f"unknown update {update!r:.{_MAX_QUOTE}}; allowed: {', '.join(UPDATES)}")
     request = _with_content(message, _unpack(message.content, RecordDict()))
-    before = RecordDict({**request.content})  # the ClientApp may change it
+    records = request.content.array_records
+    # Copies, since the ClientApp may change its own.
+    before = RecordDict({name: ArrayRecord({**record}) for name, record in records.items()})
     reply = call_next(request, context)
     if not reply.has_content():
         return reply
     if update == "none" or message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
         return _with_content(reply, _pack(reply.content, {}))
-    return _with_content(reply, _pack_changes(reply.content, before, update, _feedback(context)))
+    # What is added to a clipped change is no longer within the bound.
+    clipped = any(_CLIPPED in config for config in request.content.config_records.values())
+    kept = None if clipped else _feedback(context)
+    return _with_content(reply, _pack_changes(reply.content, before, update, kept))
 
 
 _Lined = tuple[ArrayRecord, list[Entry]]
@@ -137,25 +161,28 @@ def _pack(content: RecordDict, packed: dict[int, _Lined | None], update: str = "
     lined = {}
     for name, record in content.array_records.items():
         if id(record) not in packed:
-            packed[id(record)] = _line_up([(_entry(key, array), array) for key, array in _arrays(record).items()])
+            parts = [(_entry(key, array), array) for key, array in (_arrays(record) or {}).items()]
+            packed[id(record)] = _line_up(parts) if parts else None
         lined[name] = packed[id(record)]
     return _with_lined(content, lined, update)
 
 
-def _pack_changes(content: RecordDict, request: RecordDict, update: str, kept: ClientState) -> RecordDict:
-    """The content with what has changed since the request in few bits; what they leave out is kept."""
-    left = kept.load()
-    lined, rest = {}, dict[str, Tensor]()
+def _pack_changes(content: RecordDict, request: RecordDict, update: str, kept: ClientState | None) -> RecordDict:
+    """The content with what has changed since the request in few bits; what they leave out is ``kept``."""
+    left = kept.load() if kept else {}
+    lined, rest = {}, dict(left)
     for name, record in content.array_records.items():
-        before, parts = _like(request, set(record)), []
-        for key, array in _arrays(record).items():
+        before, parts = _like(request, name, set(record)), []
+        for key, array in (_arrays(record) or {}).items():
             entry, part, left_out = _change(key, array, before.get(key), left.get(f"{name}/{key}"), update)
             parts.append((entry, part))
+            rest.pop(f"{name}/{key}", None)
             if left_out is not None:
                 rest[f"{name}/{key}"] = left_out
-        lined[name] = _line_up(parts)
+        lined[name] = _line_up(parts) if parts else None
     try:
-        kept.save(0, rest)  # in place of the last
+        if kept and lined:
+            kept.save(0, rest)  # in place of the last
     except OSError as error:
         _log.warning("what rounding leaves out of a change could not be kept, and is lost: %s", error)
     return _with_lined(content, lined)
@@ -169,11 +196,15 @@ def _change(
     if before is None or array.dtype not in _FLOATS or (before.dtype, before.shape) != (array.dtype, array.shape):
         return entry, array, None
     change = torch.from_numpy(array).double() - torch.from_numpy(before).double()
-    if left is not None and left.shape == change.shape:
+    # More than the change itself was left out of one that was far larger, as of training that had diverged.
+    if left is not None and left.shape == change.shape and left.abs().max() <= change.abs().max():
         change = change + left
     rounded, unit = round_change(change, update)
     left_out = change - read_change(rounded, unit, update)
     if not torch.isfinite(left_out).all():  # as where training diverged
+        return entry, array, None
+    # Nothing may turn negative that is a variance, say.
+    if (array >= 0).all() and (before + (change - left_out).numpy() < 0).any():
         return entry, array, None
     dtype = torch.promote_types(torch.from_numpy(array).dtype, torch.float32)
     return entry._replace(update=update, unit=unit), rounded.numpy(), left_out.to(dtype)
@@ -189,10 +220,14 @@ def _unpack(content: RecordDict, request: RecordDict) -> RecordDict:
     try:
         layouts = json.loads(str(records.pop(PACKED)[_LAYOUTS]))
         for name, layout in layouts.items():
+            if len(layout) > _MOST_ENTRIES:
+                raise PackingError(f"{len(layout)} arrays, more than the {_MOST_ENTRIES} allowed")
             entries = [Entry(*entry) for entry in layout]
             changed = any(entry.update != "none" for entry in entries)
-            before = _like(request, {entry.key for entry in entries}) if changed else {}
+            before = _like(request, name, {entry.key for entry in entries}) if changed else {}
             records[name] = _spread_out(content.array_records[name], entries, before)
+    except PackingError:
+        raise
     except Exception as error:  # whatever is wrong with a stranger's bytes, they are no packed arrays
         raise PackingError(f"{type(error).__name__}: {error!s:.{_MAX_QUOTE}}") from error
     return RecordDict(records)
@@ -215,7 +250,7 @@ def _spread_out(record: ArrayRecord, entries: Sequence[Entry], before: Mapping[s
     Raises:
         ValueError: the entries do not fit the record.
     """
-    lines = {str(array.dtype): array for array in _arrays(record).values()}
+    lines = {str(array.dtype): array for array in (_arrays(record) or {}).values()}
     used = dict.fromkeys(lines, 0)
     spread: dict[str, Array] = {}
     for entry in entries:
@@ -241,13 +276,18 @@ def _after(entry: Entry, stored: np.ndarray, before: np.ndarray) -> np.ndarray:
     return after
 
 
-def _like(content: RecordDict, keys: set[str]) -> dict[str, np.ndarray]:
-    """The ArrayRecord with these keys; empty: there is none."""
-    found = [record for record in content.array_records.values() if set(record) == keys]
-    return _arrays(found[0]) if found else {}
+def _like(content: RecordDict, name: str, keys: set[str]) -> dict[str, np.ndarray]:
+    """The ArrayRecord of this name, or else one with these keys; empty: there is none."""
+    records = content.array_records
+    named = [records[name]] if name in records else []
+    found = [record for record in (*named, *records.values()) if set(record) == keys]
+    return (_arrays(found[0]) or {}) if found else {}
 
 
-def _arrays(record: ArrayRecord) -> dict[str, np.ndarray]:
+def _arrays(record: ArrayRecord) -> dict[str, np.ndarray] | None:
+    """By key; None: some are not NumPy's, whose bytes only those who made them can read."""
+    if any(array.stype != SType.NUMPY for array in record.values()):
+        return None
     return {key: array.numpy() for key, array in record.items()}
 
 

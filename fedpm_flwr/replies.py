@@ -174,12 +174,15 @@ def _read_state(content: RecordDict, theta: Mapping[str, Tensor]) -> dict[str, T
         if new.shape != old.shape or _sort(new) != _sort(old) or new.is_complex():
             raise ReplyError(f"array {key!r} is {new.dtype} {list(new.shape)}, not {old.dtype} {list(old.shape)}")
         state[key] = new.to(old.dtype)
-        if new.dtype == old.dtype and new.is_floating_point() and new.numel() and _is_within(new):
+        if new.dtype == old.dtype and _is_within(new) and _is_within(old):
             continue
         # What is as it was sent is no matter: masks are full of infinities.
-        changed = new[state[key] != old].to(torch.float64)
+        differs = state[key] != old
+        changed = new[differs].to(torch.float64)
         if not torch.isfinite(changed).all():
             raise ReplyError(f"array {key!r} is not finite")
+        if not torch.isfinite(old[differs]).all():
+            raise ReplyError(f"array {key!r} has changed where the model's is not finite")
         low, high = _range(old.dtype)
         if changed.numel() and not (low <= float(changed.min()) and float(changed.max()) <= high):
             raise ReplyError(f"array {key!r} has a value beyond {low:.3g} or {high:.3g}")
@@ -187,7 +190,9 @@ def _read_state(content: RecordDict, theta: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _is_within(array: Tensor) -> bool:
-    """Whether all of it is of values to compute with, in one pass over it; NaN is not."""
+    """Whether all of it is floating point, of values to compute with, by one pass over it; NaN is not."""
+    if not (array.is_floating_point() and array.numel()):
+        return False
     least, largest = (float(value) for value in torch.aminmax(array))
     low, high = _range(array.dtype)
     return low <= least and largest <= high

@@ -143,6 +143,53 @@ def test_those_who_do_not_reply_in_time_are_left_out_and_named(caplog: pytest.Lo
     assert f"left out the nodes that did not reply within 0.5 s: {nodes[0]}, {nodes[4]}" in caplog.text
 
 
+def test_an_error_that_comes_first_does_not_open_the_window() -> None:
+    inline = InlineGrid(reply_app(1800), 9, {}, seed=3)
+    slow = Slow(inline, {}, gone=sorted(inline.get_node_ids())[0])
+    for reply in StreamingGrid(slow).send_and_receive(requests(slow)):
+        del reply
+    assert len(slow.arrays) == 8
+    assert slow.most_alive <= 2
+
+
+def test_many_silent_nodes_take_few_pulls() -> None:
+    slow = Slow(InlineGrid(reply_app(4), 60, {}, seed=3), dict.fromkeys(range(1, 60), 60.0))
+    assert len(list(StreamingGrid(slow).send_and_receive(requests(slow), timeout=0.3))) == 1
+    assert slow.pulls < 15
+
+
+def test_a_grid_that_says_nothing_of_what_it_could_not_push() -> None:
+    class Fewer(WrappedGrid):
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            return list(self.inner.push_messages(messages))[1:]
+
+    inline = InlineGrid(reply_app(4), 5, {}, seed=3)
+    assert len(list(StreamingGrid(Fewer(inline)).send_and_receive(requests(inline)))) == 4
+
+
+def test_replies_can_be_gone_through_twice_but_for_those_that_stream() -> None:
+    inline = InlineGrid(reply_app(4), 3, {}, seed=3)
+    replies = UplinkMeter(inline).send_and_receive(requests(inline))
+    assert len(list(replies)) == len(list(replies)) == 3
+    pulled = WrappedGrid(inline).pull_messages(inline.push_messages(requests(inline)))
+    assert len(list(pulled)) == len(list(pulled)) == 3
+
+
+def test_what_flower_cannot_count_costs_no_run() -> None:
+    """It looks at the first element of a list."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        arrays = ArrayRecord({"weight": torch.ones(2, 3), "bias": torch.zeros(2)})
+        metrics = MetricRecord({"num-examples": 1, "none": []})
+        content = RecordDict({"arrays": arrays, "metrics": metrics, "more": ConfigRecord({"list": []})})
+        return Message(content, reply_to=message)
+
+    result = federate(app, FedPM(), torch.nn.Linear(3, 2), 3, wrap=UplinkMeter)
+    assert torch.equal(result.arrays.to_torch_state_dict()["weight"], torch.ones(2, 3))
+
+
 def test_those_that_flower_cannot_reach_are_named(caplog: pytest.LogCaptureFixture) -> None:
     inline = InlineGrid(reply_app(4), 3, {}, seed=3)
     ordered = PartitionOrderedGrid(Slow(inline, {}, lost=1), 0)

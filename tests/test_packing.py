@@ -26,7 +26,7 @@ from hypothesis.extra import numpy as arrays_of
 
 from fedpm_flwr import messages
 from fedpm_flwr.grids import UplinkMeter, WrappedGrid
-from fedpm_flwr.inline import task_identity
+from fedpm_flwr.inline import InlineGrid, task_identity
 from fedpm_flwr.packing import PACKED, PackedGrid, PackingError, packed_arrays
 from fedpm_flwr.strategy import FedPM
 
@@ -387,8 +387,137 @@ def test_packed_arrays_that_cannot_be_read_leave_their_reply_out(what: str, tmp_
             assert update == "none" or what == "key"
 
 
-def test_requests_are_remembered_for_a_while_only(tmp_path: Path) -> None:
-    grid = PackedGrid(Loop(moving({}), {"state-folder": str(tmp_path)}), "int8")
+def test_requests_that_nobody_replies_to_are_not_remembered_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Silent(Loop):
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+            return super().send_and_receive(messages)[:1]
+
+    monkeypatch.setattr("fedpm_flwr.packing._KEPT_BYTES", 3000)
+    grid = PackedGrid(Silent(moving({}), {"state-folder": str(tmp_path)}), "int8")
     for _ in range(30):
-        exchange(grid, ArrayRecord({"a": torch.zeros(3)}))
-    assert len(grid._sent) <= 4
+        exchange(grid, ArrayRecord({"a": torch.zeros(200)}), count=3)
+    assert 2 <= len(grid._requests) <= 10
+
+
+def test_every_message_has_its_own_request(tmp_path: Path) -> None:
+    """Pushed one by one, each with another model, and pulled together."""
+    app = ClientApp(mods=[packed_arrays])
+    app.train()(moving({"a": torch.tensor([1.0, 0.5])}))
+    inline = InlineGrid(app, 8, {"state-folder": str(tmp_path)}, seed=1)
+    grid = PackedGrid(inline, "int8")
+    ids: list[str] = []
+    for number, node in enumerate(inline.get_node_ids()):
+        content = RecordDict({"arrays": ArrayRecord({"a": torch.full((2,), float(number))})})
+        ids += grid.push_messages([Message(content, dst_node_id=node, message_type="train")])
+    replies = list(grid.pull_messages(ids))
+    found = [reply.content.array_records["arrays"]["a"].numpy().tolist() for reply in replies]
+    assert sorted(found)[:7:3] == [pytest.approx([n + 1, n + 0.5], abs=0.01) for n in (0, 3, 6)]
+    assert grid._requests == {}
+
+
+def of_node(
+    folder: Path, client: Callable[[Message, Context], Message], node: int = 1, run: int = 7
+) -> PackedGrid:
+    loop = Loop(client, {"state-folder": str(folder)})
+    loop.context = Context(run, node, {}, RecordDict(), loop.context.run_config)
+    return PackedGrid(loop, "int8")
+
+
+def arrived(grid: Grid, arrays: ArrayRecord, name: str = "arrays") -> torch.Tensor:
+    (reply,) = exchange(grid, arrays)
+    return reply.content.array_records[name].to_torch_state_dict()["a"]
+
+
+ZERO = ArrayRecord({"a": torch.zeros(2)})
+ODD = torch.tensor([1.0, 0.301])
+"""The second is 38.23 of the 127 parts of the first: 38 arrive, then 38, then 39."""
+
+
+@pytest.mark.parametrize(("node", "run"), [(2, 7), (1, 8)])
+def test_nodes_and_runs_have_each_their_own_rest(node: int, run: int, tmp_path: Path) -> None:
+    first = arrived(of_node(tmp_path, moving({"a": ODD})), ZERO)
+    arrived(of_node(tmp_path, moving({"a": ODD})), ZERO)
+    assert torch.equal(arrived(of_node(tmp_path, moving({"a": ODD}), node, run), ZERO), first)
+    assert not torch.equal(arrived(of_node(tmp_path, moving({"a": ODD})), ZERO), first)
+
+
+def test_a_reply_without_arrays_leaves_the_rest_for_the_next(tmp_path: Path) -> None:
+    """As where gradients are asked for between two trainings."""
+
+    def told(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
+
+    total = torch.zeros(2)
+    for _ in range(20):
+        exchange(of_node(tmp_path, told), ZERO)
+        total += arrived(of_node(tmp_path, moving({"a": ODD})), ZERO)
+    assert torch.allclose(total, 20 * ODD, atol=1 / 127)
+
+
+def test_what_a_diverged_change_left_out_does_not_come_back(tmp_path: Path) -> None:
+    arrived(of_node(tmp_path, moving({"a": torch.tensor([1e15, 3e14])})), ZERO)
+    assert torch.allclose(arrived(of_node(tmp_path, moving({"a": ODD})), ZERO), ODD, atol=0.01)
+
+
+def test_a_client_may_change_the_record_that_it_got(tmp_path: Path) -> None:
+    def client(message: Message, context: Context) -> Message:
+        record = message.content.array_records["arrays"]
+        record["a"] = Array(record["a"].numpy() + 1)
+        return Message(RecordDict({"arrays": record}), reply_to=message)
+
+    assert arrived(of_node(tmp_path, client), ZERO).tolist() == [1, 1]
+
+
+def test_changes_are_of_the_record_of_the_same_name(tmp_path: Path) -> None:
+    def client(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"arrays": ArrayRecord({"a": ODD})}), reply_to=message)
+
+    content = RecordDict({"variates": ArrayRecord({"a": torch.full((2,), 1000.0)}), "arrays": ZERO})
+    (reply,) = of_node(tmp_path, client).send_and_receive([train_message(content)])
+    found = reply.content.array_records["arrays"].to_torch_state_dict()["a"]
+    assert torch.allclose(found, ODD, atol=0.005)
+
+
+def test_nothing_is_added_to_a_change_that_was_clipped(tmp_path: Path) -> None:
+    content = RecordDict({"arrays": ZERO, "config": ConfigRecord({"clipping_norm": 0.1})})
+    for _ in range(3):
+        list(of_node(tmp_path, moving({"a": ODD})).send_and_receive([train_message(content)]))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_variances_stay_positive(tmp_path: Path) -> None:
+    variances = torch.tensor([1e-4, 5.0, 1e-3])
+    old = ArrayRecord({"a": torch.tensor([2e-4, 1.0, 0.5])})
+
+    def client(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"arrays": ArrayRecord({"a": variances})}), reply_to=message)
+
+    assert (arrived(of_node(tmp_path, client), old) >= 0).all()
+
+
+def test_arrays_that_are_not_numpys_travel_as_they_are(tmp_path: Path) -> None:
+    trees = ArrayRecord({"trees": Array("uint8", (3,), "xgboost-json", b"{}")})
+
+    def client(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"arrays": message.content.array_records["arrays"]}), reply_to=message)
+
+    for update in ("none", "int8"):
+        (reply,) = exchange(PackedGrid(Loop(client, {"state-folder": str(tmp_path)}), update), trees)
+        assert reply.content.array_records["arrays"]["trees"].data == b"{}"
+
+
+def test_a_list_of_more_arrays_than_any_model_has_is_refused() -> None:
+    def client(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"arrays": ZERO}), reply_to=message)
+
+    class Many(Loop):
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+            (reply,) = super().send_and_receive(messages)
+            entries = [[f"{number}", "float32", [0]] for number in range(20_001)]
+            reply.content[PACKED] = ConfigRecord({"layouts": json.dumps({"arrays": entries})})
+            return [reply]
+
+    (reply,) = exchange(PackedGrid(Many(client)), ZERO)
+    assert str(reply.error.reason).endswith("20001 arrays, more than the 20000 allowed")
