@@ -8,9 +8,9 @@ client under FedAvg. With --data, accuracy too: LeNet on CIFAR-10, 10 clients, D
 codec the same seeds, through the application's own ServerApp and ClientApp; LocalNewton and FedAvg beside it.
 
 Columns: uplink_ratio, a reply's bytes by FedAvg's, all in; layers, of which curvature is sent; seconds to encode
-and to decode; accuracy on the test set after the last round, mean
-and standard deviation over seeds; minus_full, the mean difference to triangle-float32 seed by seed, in points, and
-its standard error; MB from clients to server in all.
+and to decode; failed, of how many seeds the run did not come to an end, as where the model diverged; accuracy on
+the test set after the last round, mean and standard deviation over seeds; minus_full, the mean difference to
+triangle-float32 seed by seed, in points, and its standard error; MB from clients to server in all.
 """
 
 import argparse
@@ -59,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         done = run_all([config for own in plans.values() for config in own], _NODES, given.jobs)
     runs = {label: [done[c.output] for c in own if c.output in done] for label, own in plans.items()}
     complete = {label: found for label, found in runs.items() if len(found) == given.seeds}
-    rows = [trained(label, found, complete.get(FULL), ratios.get(label)) for label, found in complete.items()]
+    rows = [
+        trained(label, found, complete.get(FULL) if label in complete else None, ratios.get(label), given.seeds)
+        for label, found in runs.items()
+    ]
     if given.plot:
         plot(complete, given.plot)
     publish("wire", rows, given.output, seeds=given.seeds, rounds=given.rounds)
@@ -167,16 +170,25 @@ def configs(given: argparse.Namespace, codecs: Sequence[str], folder: Path) -> d
     }
 
 
-def trained(label: str, runs: Sequence[Rounds], full: Sequence[Rounds] | None, costs: Row | None) -> Row:
-    """One row, of a codec or of a method that sends no curvature."""
-    accuracies = [_last(run) for run in runs]
-    minus = [100 * (own - _last(other)) for own, other in zip(accuracies, full, strict=True)] if full else []
-    several = len(runs) > 1
-    return {
+def trained(
+    label: str, runs: Sequence[Rounds], full: Sequence[Rounds] | None, costs: Row | None, seeds: int
+) -> Row:
+    """One row, of a codec or of a method that sends no curvature; without figures if some seeds failed."""
+    failed = seeds - len(runs)
+    base: dict[str, str | int | float | None] = {
         "model": "lenet",
         "method": label if costs is None else "fedpm",
         "codec": None if costs is None else label,
         "uplink_ratio": 1.0 if costs is None else costs["uplink_ratio"],
+        "failed": failed,
+    }
+    if failed:
+        return {**base, "accuracy": None}
+    accuracies = [_last(run) for run in runs]
+    minus = [100 * (own - _last(other)) for own, other in zip(accuracies, full, strict=True)] if full else []
+    several = len(runs) > 1
+    return {
+        **base,
         "accuracy": _rounded(statistics.fmean(accuracies)),
         "accuracy_std": _rounded(statistics.stdev(accuracies)) if several else None,
         "minus_full": _rounded(statistics.fmean(minus)) if minus else None,

@@ -46,6 +46,11 @@ def test_a_table_of_real_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert picture.stat().st_size > 1000
 
 
+def test_seeds_that_failed_are_told() -> None:
+    row = wire.trained("auto-0.02", [[{"test-accuracy": 0.5}]], None, {"uplink_ratio": 1.02}, seeds=3)
+    assert (row["codec"], row["failed"], row["accuracy"]) == ("auto-0.02", 2, None)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
