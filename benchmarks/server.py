@@ -26,7 +26,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp.strategy import FedAvg
@@ -63,24 +64,27 @@ class Replies(InlineGrid):
     """As many nodes as wanted, whose replies lie ready in files."""
 
     def __init__(self, folder: Path, clients: int) -> None:
-        super().__init__(_no_client, clients, {}, seed=0)
+        super().__init__(ClientApp(), clients, {}, seed=0)
         self._files = sorted(folder.iterdir())
         self._nodes: dict[str, int] = {}
+        self._file_of: dict[str, Path] = {}
         self.seconds = 0.0
         """Spent in reading and parsing."""
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         keys = []
         for message in messages:
-            keys.append(f"message-{len(self._nodes)}")
-            self._nodes[keys[-1]] = message.metadata.dst_node_id
+            key, number = f"message-{len(self._nodes)}", len(self._nodes)
+            self._file_of[key] = self._files[number % len(self._files)]
+            self._nodes[key] = message.metadata.dst_node_id
+            keys.append(key)
         return keys
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         start = time.perf_counter()
         replies: list[Message] = []
         for key in message_ids:
-            document = ProtoMessage.FromString(self._files[len(replies) % len(self._files)].read_bytes())
+            document = ProtoMessage.FromString(self._file_of[key].read_bytes())
             document.metadata.reply_to_message_id, document.metadata.src_node_id = key, self._nodes[key]
             replies.append(message_from_proto(document))
             del document
@@ -290,10 +294,6 @@ def _times_fedavg(row: Row, rows: Sequence[Row]) -> float | None:
             assert isinstance(reference, float)
             return _rounded(seconds / reference)
     return None
-
-
-def _no_client(message: Message, context: Context) -> Message:
-    raise NotImplementedError  # replies lie ready
 
 
 def _rounded(value: float) -> float:

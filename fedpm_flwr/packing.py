@@ -120,12 +120,12 @@ class PackedGrid(WrappedGrid):
             kept |= {id(record) for record in content.array_records.values()}
 
     def incoming(self, reply: Message) -> Message:
+        request = self._requests.pop(reply.metadata.reply_to_message_id, RecordDict())
         if reply.has_error() and _HINT in str(reply.error.reason):
             return _failed(reply, f"{_HINT}; {reply.error.reason}")
         if not (reply.has_content() and PACKED in reply.content.config_records):
             return reply
         try:
-            request = self._requests.pop(reply.metadata.reply_to_message_id, RecordDict())
             return _with_content(reply, _unpack(reply.content, request))
         except PackingError as error:
             return _failed(reply, f"its packed arrays cannot be read: {error}")
@@ -193,7 +193,9 @@ def _change(
 ) -> tuple[Entry, np.ndarray, Tensor | None]:
     """An array's rounded change and what that leaves out; or the array as it is, where it has no finite change."""
     entry = _entry(key, array)
-    if before is None or array.dtype not in _FLOATS or (before.dtype, before.shape) != (array.dtype, array.shape):
+    if before is None or (before.dtype, before.shape) != (array.dtype, array.shape):
+        return entry, array, None
+    if array.dtype not in _FLOATS or not array.size:
         return entry, array, None
     change = torch.from_numpy(array).double() - torch.from_numpy(before).double()
     # More than the change itself was left out of one that was far larger, as of training that had diverged.

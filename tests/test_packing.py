@@ -470,6 +470,15 @@ def test_a_client_may_change_the_record_that_it_got(tmp_path: Path) -> None:
     assert arrived(of_node(tmp_path, client), ZERO).tolist() == [1, 1]
 
 
+def test_empty_arrays_have_no_change(tmp_path: Path) -> None:
+    """In the second exchange as in the first, which has left nothing."""
+    empty = ArrayRecord({"a": torch.zeros(2), "none": torch.zeros(0, 3)})
+    for _ in range(2):
+        (reply,) = exchange(of_node(tmp_path, moving({"a": ODD})), empty)
+        assert reply.has_content()
+        assert reply.content.array_records["arrays"]["none"].shape == (0, 3)
+
+
 def test_changes_are_of_the_record_of_the_same_name(tmp_path: Path) -> None:
     def client(message: Message, context: Context) -> Message:
         return Message(RecordDict({"arrays": ArrayRecord({"a": ODD})}), reply_to=message)

@@ -10,10 +10,10 @@ STORED = {"int8": torch.int8, "bfloat16": torch.int16}
 
 
 def round_change(change: Tensor, codec: str) -> tuple[Tensor, float]:
-    """What stands for a finite change, as a tensor of ``STORED`` dtype and the unit of its numbers."""
+    """What stands for a finite change, not empty, as a tensor of ``STORED`` dtype and the unit of its numbers."""
     if codec == "bfloat16":
         return change.to(torch.bfloat16).view(torch.int16), 1.0
-    unit = float((change.abs().max() if change.numel() else change.new_zeros(())).double() / LARGEST)
+    unit = float(change.abs().max().double() / LARGEST)
     return (change.double() / (unit or 1.0)).round().clamp(-LARGEST, LARGEST).to(torch.int8), unit
 
 
