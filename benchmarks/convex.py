@@ -37,9 +37,10 @@ from fedpm_flwr.objective import Objective
 from fedpm_flwr.tasks import build_model, client_data, load_dataset
 from fedpm_flwr.training import loader
 
+from .arguments import make_parser
 from .compare import Rounds, run_all
 from .on_ray import run_on_ray
-from .table import Row, publish
+from .table import Row, publish, rounded
 
 CLIENTS = {"a9a": 80, "w8a": 142, "breast-cancer": 10}
 THRESHOLDS = ("1e-3", "1e-6", "1e-10")
@@ -91,11 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.convex",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("convex", __doc__)
     parser.add_argument("--data", type=Path, help="folder with a9a and w8a; default: breast cancer instead")
     parser.add_argument("--datasets", help=f"of {', '.join(CLIENTS)}; default: those that --data has")
     parser.add_argument("--methods", default=_DEFAULT_METHODS, help="ALGORITHM:K, joined by commas")
@@ -104,7 +101,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", choices=("inline", "ray"), default="inline", help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling of clients (default: 0)")
-    parser.add_argument("--output", type=Path, help="write the table as JSON to this file too")
     parser.add_argument("--plot", type=Path, help="write the picture, a .png or .svg")
     given = parser.parse_args(arguments)
     given.datasets = (
@@ -195,11 +191,11 @@ def row(dataset: str, config: Config, rounds: Rounds) -> Row:
             f"rounds_to_{threshold}": next((i for i, e in enumerate(errors) if e < float(threshold)), None)
             for threshold in THRESHOLDS
         },
-        "floor": _rounded(min(errors[1:])),
-        "last": _rounded(errors[-1]),
+        "floor": rounded(min(errors[1:])),
+        "last": rounded(errors[-1]),
         "order": order(errors),
-        "uplink_mb": _rounded(sum(one["uplink-bytes"] for one in rounds) / 1e6),
-        "seconds": _rounded(sum(one["seconds"] for one in rounds)),
+        "uplink_mb": rounded(sum(one["uplink-bytes"] for one in rounds) / 1e6),
+        "seconds": rounded(sum(one["seconds"] for one in rounds)),
     }
 
 
@@ -211,7 +207,7 @@ def order(errors: Sequence[float]) -> float | None:
     """
     pairs = [(a, b) for a, b in itertools.pairwise(errors) if a < _LARGEST and b > _LEAST]
     ratios = [math.log(b) / math.log(a) for a, b in pairs]
-    return _rounded(statistics.median(ratios)) if ratios else None
+    return rounded(statistics.median(ratios)) if ratios else None
 
 
 def plot(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
@@ -236,10 +232,6 @@ def plot(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Non
     figure.legend(lines_by_label.values(), lines_by_label.keys(), loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 if __name__ == "__main__":

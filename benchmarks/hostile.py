@@ -18,7 +18,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,8 @@ from fedpm_flwr.curvature import (
 )
 from fedpm_flwr.wire import PayloadError, decode, encode
 
-from .server import peak_bytes
+from .arguments import make_parser
+from .machine import peak_bytes
 from .table import Row, publish
 
 CODECS = [
@@ -128,14 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.hostile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("hostile", __doc__)
     parser.add_argument("--cases", type=int, default=100_000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, help="write the table as JSON to this file too")
     given = parser.parse_args(arguments)
     if given.cases < len(CODECS):
         parser.error(f"--cases={given.cases} is not allowed; allowed: >= {len(CODECS)}")

@@ -15,7 +15,6 @@ of the last solve, by its rate of matrix products in float64 (both measured here
 
 import argparse
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp.strategy import FedAvg
-from torch import Tensor, nn
+from torch import nn
 
 from fedpm_flwr import messages
 from fedpm_flwr.config import ConfigError, check_codec
@@ -41,15 +40,14 @@ from fedpm_flwr.optim import FOOF
 from fedpm_flwr.strategy import FedPM
 from fedpm_flwr.wire import decode
 
-from .table import Row, publish
+from .arguments import make_parser, whole_numbers
+from .machine import memory_bandwidth, peak_bytes, product_rate
+from .table import Row, publish, rounded, with_times_fedavg
 
 FULL, AUTO = "triangle-float32", "auto"
 _SIDE, _OUTPUTS, _BATCH = 1024, 512, 256
 _VARIANTS = 4
 """Different replies, that the clients share among them."""
-_TRIES = 5
-_BUFFER_BYTES = 1 << 28
-_PRODUCT_SIDE = 1024
 _MB = 1e6
 
 
@@ -148,24 +146,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "method": method.partition(":")[0],
                 "codec": codec_of(method) if method != "fedavg" else None,
                 "peak_mb": round(run.peak_mb),
-                "times_first": _rounded(run.peak_mb / first.peak_mb),
-                "seconds": _rounded(run.seconds / clients),
-                "floor_seconds": _rounded(floor),
-                "times_floor": _rounded(run.seconds / clients / floor),
+                "times_first": rounded(run.peak_mb / first.peak_mb),
+                "seconds": rounded(run.seconds / clients),
+                "floor_seconds": rounded(floor),
+                "times_floor": rounded(run.seconds / clients / floor),
             }
             rows.append(row)
-    rows = [{**row, "times_fedavg": _times_fedavg(row, rows)} for row in rows]
+    rows = with_times_fedavg(rows)
     foot = f"memory bandwidth {bandwidth / 1e9:.3g} GB/s, products in float64 {rate / 1e9:.3g} GFLOP/s"
     publish("server", rows, given.output, foot, threads=given.threads)
     return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.server",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("server", __doc__)
     parser.add_argument(
         "--clients", default="10,100,1000", help="default: %(default)s; 1,000 of fedavg take 12 GB"
     )
@@ -173,7 +167,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=1, help="of torch; default: %(default)s, as the application's"
     )
-    parser.add_argument("--output", type=Path, help="write the table as JSON to this file too")
     given = parser.parse_args(arguments)
     given.methods = given.methods.split(",")
     for method in given.methods:
@@ -183,10 +176,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             check_codec(codec_of(method))
         except ConfigError as error:
             parser.error(str(error))
-    try:
-        given.clients = [int(number) for number in given.clients.split(",")]
-    except ValueError:
-        given.clients = [0]
+    given.clients = whole_numbers(given.clients)
     if min(*given.clients, given.threads) < 1:
         parser.error("--clients and --threads are whole numbers; allowed: >= 1")
     return given
@@ -246,58 +236,8 @@ def _one_round(method: str, folder: Path, clients: int, threads: int, connection
     connection.send(asdict(Measured(seconds, peak_bytes() / _MB)))
 
 
-def peak_bytes() -> int:
-    """The largest resident memory that this process has had."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would count what the parent had when it started this process
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def _linear_layers() -> list[nn.Linear]:
     return [layer for layer in make_model() if isinstance(layer, nn.Linear)]
-
-
-def memory_bandwidth(threads: int) -> float:
-    """Bytes a second, read and written, of a copy that no cache holds; the best of several."""
-    torch.set_num_threads(threads)
-    source = torch.ones(_BUFFER_BYTES, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    return 2 * _BUFFER_BYTES / min(_seconds_of_copy(source, target) for _ in range(_TRIES))
-
-
-def _seconds_of_copy(source: Tensor, target: Tensor) -> float:
-    start = time.perf_counter()
-    target.copy_(source)
-    return time.perf_counter() - start
-
-
-def product_rate(threads: int) -> float:
-    """Floating-point operations a second of a matrix product in float64; the best of several."""
-    torch.set_num_threads(threads)
-    matrix = torch.randn(_PRODUCT_SIDE, _PRODUCT_SIDE, dtype=torch.float64)
-    return 2 * _PRODUCT_SIDE**3 / min(_seconds_of_product(matrix) for _ in range(_TRIES))
-
-
-def _seconds_of_product(matrix: Tensor) -> float:
-    start = time.perf_counter()
-    _ = matrix @ matrix
-    return time.perf_counter() - start
-
-
-def _times_fedavg(row: Row, rows: Sequence[Row]) -> float | None:
-    for other in rows:
-        if other["method"] == "fedavg" and other["clients"] == row["clients"]:
-            seconds, reference = row["seconds"], other["seconds"]
-            assert isinstance(seconds, float)
-            assert isinstance(reference, float)
-            return _rounded(seconds / reference)
-    return None
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 if __name__ == "__main__":

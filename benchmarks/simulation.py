@@ -28,9 +28,10 @@ from sklearn.datasets import load_digits
 
 from fedpm_flwr.config import Config, ConfigError, check_codec
 
+from .arguments import make_parser, whole_numbers
 from .compare import Rounds, run_all
 from .on_ray import run_on_ray
-from .table import Row, publish
+from .table import Row, publish, rounded, with_times_fedavg
 
 _EXAMPLES, _NOISE = 20_000, 0.05
 
@@ -45,21 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 config = config_of(method, clients, given.rounds, data, Path(folder) / f"{method}-{clients}")
                 rows.append(measure(config, method, clients))
                 print(rows[-1], flush=True)
-    rows = [{**row, "times_fedavg": _times_fedavg(row, rows)} for row in rows]
+    rows = with_times_fedavg(rows)
     publish("simulation", rows, given.output, rounds=given.rounds)
     return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.simulation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("simulation", __doc__)
     parser.add_argument("--clients", default="100,1000", help="default: %(default)s")
     parser.add_argument("--methods", default="fedpm,fedpm:auto,fedavg", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, help="write the table as JSON to this file too")
     given = parser.parse_args(arguments)
     given.methods = given.methods.split(",")
     for method in given.methods:
@@ -70,10 +66,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                 check_codec(codec)
         except ConfigError as error:
             parser.error(str(error))
-    try:
-        given.clients = [int(number) for number in given.clients.split(",")]
-    except ValueError:
-        given.clients = [0]
+    given.clients = whole_numbers(given.clients)
     if min(*given.clients, given.rounds - 1) < 1:
         parser.error("--clients and --rounds are whole numbers; allowed: >= 1 clients, >= 2 rounds")
     return given
@@ -120,9 +113,9 @@ def measure(config: Config, method: str, clients: int) -> dict[str, str | int | 
         "clients": clients,
         "method": algorithm,
         "codec": codec or (config.codec if algorithm == "fedpm" else None),
-        "seconds": _rounded(seconds),
-        "start_seconds": _rounded(seconds - sum(row["seconds"] for row in real)),
-        "first_round": _rounded(real[1]["seconds"]),
+        "seconds": rounded(seconds),
+        "start_seconds": rounded(seconds - sum(row["seconds"] for row in real)),
+        "first_round": rounded(real[1]["seconds"]),
         "round_seconds": _mean_seconds(real),
         "work_seconds": _mean_seconds(alone),
     }
@@ -130,21 +123,7 @@ def measure(config: Config, method: str, clients: int) -> dict[str, str | int | 
 
 def _mean_seconds(rounds: Rounds) -> float:
     """Of the rounds after the first."""
-    return _rounded(statistics.fmean(row["seconds"] for row in rounds[2:]))
-
-
-def _times_fedavg(row: Row, rows: Sequence[Row]) -> float | None:
-    for other in rows:
-        if other["method"] == "fedavg" and other["clients"] == row["clients"]:
-            seconds, reference = row["seconds"], other["seconds"]
-            assert isinstance(seconds, float)
-            assert isinstance(reference, float)
-            return _rounded(seconds / reference)
-    return None
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
+    return rounded(statistics.fmean(row["seconds"] for row in rounds[2:]))
 
 
 if __name__ == "__main__":

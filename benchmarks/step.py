@@ -15,7 +15,6 @@ average and of each kind (median); peak_mb, the most memory that the process tak
 CUDA that of torch's tensors.
 """
 
-import argparse
 import multiprocessing
 import resource
 import statistics
@@ -28,7 +27,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +38,8 @@ from fedpm_flwr.optim import FOOF, KFAC, LTDA, Sophia
 from fedpm_flwr.report import PREFIX
 from fedpm_flwr.tasks import build_model
 
-from .table import Row, publish
+from .arguments import make_parser
+from .table import Row, publish, rounded
 
 INPUT_SHAPE, CLASSES = (3, 32, 32), 10
 _NOT_FOR_IMAGES = ("char-lm", "logistic")
@@ -78,11 +77,7 @@ class Case:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("step", __doc__)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--devices", default=",".join(devices), help="default: %(default)s")
     parser.add_argument("--models", default="lenet,resnet18-gn,vit", help="default: %(default)s")
@@ -94,7 +89,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--inversions", type=int, default=1, help="rounds with an inverting step (default: 1)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the model and its inputs (default: 0)")
-    parser.add_argument("--output", type=Path, help="write the table as JSON to this file too")
     given = parser.parse_args(arguments)
     methods = ["sgd", *(name for name in given.methods.split(",") if name != "sgd")]
     for key, names, allowed in (
@@ -181,23 +175,19 @@ def _row(case: Case, shares: dict[str, float], rounds: Sequence[Times], sgd: Seq
     ratios = [a / b for a, b in zip(own, _averages(sgd, shares), strict=True)]
 
     def milliseconds(kind: str) -> float:
-        return _rounded(1e3 * statistics.median(seconds for times in rounds for seconds in times[kind]))
+        return rounded(1e3 * statistics.median(seconds for times in rounds for seconds in times[kind]))
 
     return {
         "device": case.device,
         "model": case.model,
         "method": case.method,
-        "step_ratio": _rounded(statistics.median(ratios)),
-        "spread": _rounded(max(ratios) - min(ratios)),
-        "least_ratio": _rounded(_least(rounds, shares) / _least(sgd, shares)),
-        "step_ms": _rounded(1e3 * statistics.median(own)),
+        "step_ratio": rounded(statistics.median(ratios)),
+        "spread": rounded(max(ratios) - min(ratios)),
+        "least_ratio": rounded(_least(rounds, shares) / _least(sgd, shares)),
+        "step_ms": rounded(1e3 * statistics.median(own)),
         **{f"{kind}_ms": milliseconds(kind) for kind in ("plain", "refresh", "inverting")},
-        "peak_mb": _rounded(peak),
+        "peak_mb": rounded(peak),
     }
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 @contextmanager

@@ -1,14 +1,12 @@
 """What every benchmark ends with: a table to read, JSON to keep, one line ``RESULT {json}``."""
 
 import json
-import os
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from .machine import machine
 
 Row = Mapping[str, str | int | float | None]
 
@@ -42,15 +40,33 @@ def format_table(rows: Sequence[Row]) -> str:
     return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])
 
 
-def machine() -> dict[str, str | int]:
-    """Where the figures come from."""
-    return {
-        "processor": platform.machine(),
-        "cores": os.cpu_count() or 0,
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+def rounded(value: float) -> float:
+    """Four digits: more would not be read."""
+    return float(f"{value:.4g}")
+
+
+def with_times_fedavg(rows: Sequence[Row]) -> list[Row]:
+    """The rows, each with its ``seconds`` by those of FedAvg with as many clients; None: there is no such row.
+
+    >>> rows = [{"method": m, "clients": 2, "seconds": s} for m, s in (("fedpm", 3.0), ("fedavg", 2.0))]
+    >>> [row["times_fedavg"] for row in with_times_fedavg(rows)]
+    [1.5, 1.0]
+    """
+    seconds = {row["clients"]: _number(row["seconds"]) for row in rows if row["method"] == "fedavg"}
+    return [
+        {
+            **row,
+            "times_fedavg": rounded(_number(row["seconds"]) / seconds[row["clients"]])
+            if row["clients"] in seconds
+            else None,
+        }
+        for row in rows
+    ]
+
+
+def _number(value: str | int | float | None) -> float:
+    assert isinstance(value, int | float)
+    return value
 
 
 def _cell(value: str | int | float | None) -> str:

@@ -33,8 +33,9 @@ from fedpm_flwr.optim import FOOF
 from fedpm_flwr.tasks import build_model
 from fedpm_flwr.wire import decode, encode
 
+from .arguments import make_parser
 from .compare import Rounds, run_all
-from .table import Row, publish
+from .table import Row, publish, rounded
 
 FULL = "triangle-float32"
 _CODECS = (
@@ -70,18 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.wire",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("wire", __doc__)
     parser.add_argument("--models", default="lenet,resnet18-gn", help="default: %(default)s")
     parser.add_argument("--codecs", help=f"default: {_CODECS}; with --data: {_IN_TRAINING}")
     parser.add_argument("--data", type=Path, help="CIFAR-10 as .npz: measure accuracy too")
     parser.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
-    parser.add_argument("--output", type=Path, help="write the table as JSON to this file too")
     parser.add_argument("--plot", type=Path, help="with --data: write accuracy against bytes, a .png or .svg")
     given = parser.parse_args(arguments)
     given.models = given.models.split(",")
@@ -124,10 +120,10 @@ def _row_of_bytes(name: str, model: nn.Module, optimizer: FOOF, codec: str, plai
     return {
         "model": name,
         "codec": codec,
-        "uplink_ratio": _rounded(_reply_bytes(model, payload) / plain),
+        "uplink_ratio": rounded(_reply_bytes(model, payload) / plain),
         "layers": len(layers),
-        "encode_seconds": _rounded(encoded - started),
-        "decode_seconds": _rounded(decoded - encoded),
+        "encode_seconds": rounded(encoded - started),
+        "decode_seconds": rounded(decoded - encoded),
     }
 
 
@@ -189,12 +185,12 @@ def trained(
     several = len(runs) > 1
     return {
         **base,
-        "accuracy": _rounded(statistics.fmean(accuracies)),
-        "accuracy_std": _rounded(statistics.stdev(accuracies)) if several else None,
-        "minus_full": _rounded(statistics.fmean(minus)) if minus else None,
-        "standard_error": _rounded(statistics.stdev(minus) / len(minus) ** 0.5) if minus and several else None,
-        "uplink_mb": _rounded(statistics.fmean(_megabytes(run)[-1] for run in runs)),
-        "seconds": _rounded(statistics.fmean(sum(one["seconds"] for one in run) for run in runs)),
+        "accuracy": rounded(statistics.fmean(accuracies)),
+        "accuracy_std": rounded(statistics.stdev(accuracies)) if several else None,
+        "minus_full": rounded(statistics.fmean(minus)) if minus else None,
+        "standard_error": rounded(statistics.stdev(minus) / len(minus) ** 0.5) if minus and several else None,
+        "uplink_mb": rounded(statistics.fmean(_megabytes(run)[-1] for run in runs)),
+        "seconds": rounded(statistics.fmean(sum(one["seconds"] for one in run) for run in runs)),
     }
 
 
@@ -222,10 +218,6 @@ def _megabytes(run: Rounds) -> list[float]:
 
 def _last(run: Rounds) -> float:
     return run[-1]["test-accuracy"]
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 if __name__ == "__main__":

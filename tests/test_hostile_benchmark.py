@@ -9,6 +9,12 @@ from benchmarks import hostile
 from fedpm_flwr.curvature import Block, Diagonal, LayerCurvature
 from fedpm_flwr.wire import PayloadError, decode
 
+from .helpers import CODECS
+
+
+def test_every_codec_is_attacked() -> None:
+    assert set(CODECS) <= set(hostile.CODECS)
+
 
 def test_no_payload_does_harm(capsys: pytest.CaptureFixture[str]) -> None:
     assert hostile.main(["--cases", "4000", "--seed", "1"]) == 0
