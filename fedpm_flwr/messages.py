@@ -40,7 +40,7 @@ PAYLOAD = "payload"
 VERSION = "version"
 """Beside the payload: the version of this library that made it."""
 DIVERGED = "diverged"
-"""A metric: not 0 where the client's loss or model is not finite after training."""
+"""A metric: not 0 where the client's training diverged (``training.FitResult``)."""
 
 PARTITION_ID = "partition-id"
 NUM_PARTITIONS = "num-partitions"

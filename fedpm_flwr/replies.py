@@ -49,7 +49,7 @@ def read_update(reply: Message, theta: Mapping[str, Tensor], *, weighted_by: str
     """
     metrics = read_metrics(reply, weighted_by)
     if metrics.get(DIVERGED):
-        raise ReplyError("its training diverged, it says: loss or model are not finite")
+        raise ReplyError("its training diverged, it says: not finite, or a loss that rose a hundredfold")
     weight = metrics[weighted_by]
     assert isinstance(weight, int | float)
     return Update(_read_state(reply.content, theta), [], float(weight))

@@ -1,7 +1,7 @@
 """Local training and evaluation, on whatever device there is."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -17,13 +17,18 @@ from .optim import SecondOrder
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Batches = Iterable[tuple[Tensor, Tensor]]
+_BLOWN_UP = 100.0
+"""Times the loss at its beginning: a training with more at its end has diverged."""
 
 
 @dataclass(frozen=True)
 class FitResult:
     """What local training did: loss and accuracy over all examples and steps, and how many steps.
 
-    ``diverged``: the loss or a parameter is not finite. ``accuracy`` is NaN where targets are no labels.
+    ``diverged``: the loss or a parameter is not finite, or the mean loss of the last quarter of the steps is more
+    than 100 times that of the first, or than 100 if that was below 1. A client that diverged has a model as far
+    off as its activations are large, and so is its curvature: mixing would trust it more than all others.
+    ``accuracy`` is NaN where targets are no labels.
     """
 
     loss: float
@@ -50,6 +55,7 @@ def fit(
     model.train()
     total = torch.zeros((), device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
+    losses: list[Tensor] = []
     examples = taken = 0
     for inputs, targets in islice(_passes(batches, None if steps else epochs), steps or None):
         inputs, targets = on_device(model, inputs, targets, device)
@@ -59,7 +65,8 @@ def fit(
         if isinstance(optimizer, SecondOrder):
             optimizer.measure(loss, outputs)
         loss.backward()
-        total += loss.detach() * len(inputs)
+        losses.append(loss.detach())
+        total += losses[-1] * len(inputs)
         examples += len(inputs)
         labelled = not targets.is_floating_point()
         if labelled:
@@ -76,8 +83,16 @@ def fit(
         loss=float(total) / max(examples, 1),
         accuracy=float(correct) / max(examples, 1) if examples and labelled else math.nan,
         steps=taken,
-        diverged=not finite,
+        diverged=not finite or _has_blown_up(losses),
     )
+
+
+def _has_blown_up(losses: Sequence[Tensor]) -> bool:
+    quarter = (len(losses) + 3) // 4
+    if not quarter:
+        return False
+    first, last = torch.stack([*losses[:quarter]]).mean(), torch.stack([*losses[-quarter:]]).mean()
+    return bool(last > _BLOWN_UP * first.clamp(min=1.0))
 
 
 @torch.no_grad()
@@ -151,7 +166,12 @@ def reproducible(seed: int, threads: int, device: torch.device) -> Iterator[None
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+            # Not ``torch.manual_seed``, which seeds every GPU there is, and where there is none keeps a trace of
+            # each call for the day that one turns up.
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
             yield
     finally:
         torch.set_num_threads(before)

@@ -117,6 +117,30 @@ def test_curvature_that_fails_is_raised_where_the_loss_is_finite_and_ends_traini
     assert (result.diverged, result.steps) == (True, 0)
 
 
+@pytest.mark.parametrize(("factor", "diverged"), [(2.1, True), (1.1, False), (0.5, False)])
+def test_a_loss_that_grows_without_bound_is_a_divergence_long_before_infinity(
+    factor: float, diverged: bool
+) -> None:
+    """Steepest descent on (w − 3)², each step of which multiplies the distance by −factor."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    batches = [(torch.ones(4, 1), torch.full((4, 1), 3.0))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=(1 + factor) / 2)
+    result = fit(model, batches, optimizer, nn.functional.mse_loss, epochs=12)
+    assert math.isfinite(result.loss)
+    assert result.diverged is diverged
+
+
+def test_a_small_loss_that_rises_is_no_divergence() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    frozen = torch.optim.SGD(model.parameters(), lr=0.0)
+    rising = [(torch.ones(1, 1), torch.full((1, 1), target)) for target in (1e-6, 0.0, 2.0, 5.0)]
+    assert not fit(model, rising, frozen, nn.functional.mse_loss).diverged
+    rising.append((torch.ones(1, 1), torch.full((1, 1), 11.0)))
+    assert fit(model, rising[1:], frozen, nn.functional.mse_loss).diverged
+
+
 def test_accuracy_while_training_is_of_labels_only(data: TensorDataset) -> None:
     model = nn.Linear(3, 2)
     frozen = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -32,7 +32,7 @@ def build_model(
         given = "text" if is_text else "features or images"
         raise ValueError(f"model={name!r} does not take {given} ({input_dtype}); models that do: {fitting}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return _MODELS[name](input_shape, classes)
 
 

@@ -34,12 +34,14 @@ def triangle_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def to_triangle(matrix: Tensor) -> Tensor:
     """The rows of [.., n, n] up to and including the diagonal, one after another."""
-    return torch.cat([matrix[..., i, : i + 1] for i in range(matrix.shape[-1])], dim=-1)
+    return matrix.masked_select(_lower(matrix.shape[-1])).reshape(triangle_shape(tuple(matrix.shape)))
 
 
 def from_triangle(triangle: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The lower triangular matrix [.., n, n] again."""
-    lower = torch.zeros(shape, dtype=triangle.dtype)
-    for i, row in enumerate(torch.split(triangle, list(range(1, shape[-1] + 1)), dim=-1)):
-        lower[..., i, : i + 1] = row
-    return lower
+    return torch.zeros(shape, dtype=triangle.dtype).masked_scatter_(_lower(shape[-1]), triangle)
+
+
+def _lower(side: int) -> Tensor:
+    """Whether an entry is on or below the diagonal: a byte each, where indices would take 16."""
+    return torch.ones(side, side, dtype=torch.bool).tril()
