@@ -1,11 +1,12 @@
 """What each codec costs on the wire, and what it costs in accuracy.
 
     python -m benchmarks.wire [--models lenet,resnet18-gn] [--codecs auto,rank-8,…]
-    python -m benchmarks.wire --data CIFAR10.npz [--seeds 5] [--plot FILE.png]
+    python -m benchmarks.wire --data CIFAR10.npz [--seeds 5] [--clip 1.0] [--plot FILE.png]
 
 Bytes: a client's real reply after a few FOOF steps on images of CIFAR-10's shape, beside the reply of the same
 client under FedAvg. With --data, accuracy too: LeNet on CIFAR-10, 10 clients, Dirichlet 0.1, 12 rounds, for every
 codec the same seeds, through the application's own ServerApp and ClientApp; LocalNewton and FedAvg beside it.
+Local updates are clipped to norm 1 (``clip``): without, a client of few steps diverges now and then, by any codec.
 
 Columns: uplink_ratio, a reply's bytes by FedAvg's, all in; layers, of which curvature is sent; seconds to encode
 and to decode; failed, of how many seeds the run did not come to an end, as where the model diverged; accuracy on
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     if given.plot:
         plot(complete, given.plot)
-    publish("wire", rows, given.output, seeds=given.seeds, rounds=given.rounds)
+    publish("wire", rows, given.output, seeds=given.seeds, rounds=given.rounds, clip=given.clip)
     return 0 if len(complete) == len(plans) else 1
 
 
@@ -77,6 +78,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="CIFAR-10 as .npz: measure accuracy too")
     parser.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--clip", type=float, default=1.0, help="of second-order updates; 0: none (default: 1)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     parser.add_argument("--plot", type=Path, help="with --data: write accuracy against bytes, a .png or .svg")
     given = parser.parse_args(arguments)
@@ -86,7 +88,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         for codec in given.codecs or ():
             check_codec(codec)
         for name in given.models:
-            Config(model=name)
+            Config(model=name, clip=given.clip)
     except ConfigError as error:
         parser.error(str(error))
     for key in ("seeds", "rounds", "jobs"):
@@ -154,6 +156,7 @@ def configs(given: argparse.Namespace, codecs: Sequence[str], folder: Path) -> d
         refresh_interval=5,
         inverse_interval=10,
         learning_rate=0.3,
+        clip=given.clip,
         min_available_nodes=_NODES,
         device="cpu",
     )
