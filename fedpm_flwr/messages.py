@@ -151,12 +151,7 @@ def partition_reply(request: Message, context: Context) -> Message:
 
 def count_bytes(content: RecordDict) -> int:
     """Bytes of all records, as Flower itself counts them."""
-    records: list[ArrayRecord | MetricRecord | ConfigRecord] = [
-        *content.array_records.values(),
-        *content.metric_records.values(),
-        *content.config_records.values(),
-    ]
-    return sum(_count_bytes(record) for record in records)
+    return sum(_count_bytes(record) for record in content.values())
 
 
 def _count_bytes(record: ArrayRecord | MetricRecord | ConfigRecord) -> int:
