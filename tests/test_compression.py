@@ -25,7 +25,7 @@ from fedpm_flwr.curvature import (
 from fedpm_flwr.curvature.linalg import leading
 from fedpm_flwr.optim import FOOF, KFAC, SecondOrder, Sophia
 from fedpm_flwr.tasks import build_model
-from fedpm_flwr.wire import Packed, decode, encode, pack_layers
+from fedpm_flwr.wire import decode, encode, pack_layers
 from fedpm_flwr.wire.positions import nearest_product
 
 from .helpers import CODECS, relative_error, spd
@@ -266,7 +266,7 @@ def test_a_client_that_steps_once_sends_what_it_stepped_by(codec: str, make: Cal
     optimizer.step()
     layers = optimizer.preconditioners()
     assert layers
-    assert all(isinstance(layer.packed, Packed) for layer in layers)
+    assert all((layer.packed is None) == (codec == "triangle-float64") for layer in layers)
     shapes = {key: tuple(p.shape) for key, p in before.items()}
     for layer in decode(encode(layers, codec), shapes):
         weight, bias = layer.block.parameters
@@ -276,6 +276,21 @@ def test_a_client_that_steps_once_sends_what_it_stepped_by(codec: str, make: Cal
         now = dict(model.named_parameters())
         found = torch.cat([now[weight], now[bias][:, None]], dim=1)
         assert relative_error(found, moved) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_precision_is_what_was_measured(dtype: torch.dtype) -> None:
+    """So that P need not be packed before the step: it arrives bit for bit."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    optimizer = FOOF(model, lr=1.0, damping=0.5, codec="triangle-float32")
+    F.cross_entropy(model(torch.randn(20, 12).to(dtype)).float(), torch.arange(20) % 3).backward()
+    optimizer.step()
+    layers = optimizer.preconditioners()
+    shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
+    for sent, stepped in zip(decode(encode(layers, "triangle-float32"), shapes), layers, strict=True):
+        (arrived,), (measured,) = sent.curvature.parts().values(), stepped.curvature.parts().values()
+        assert torch.equal(arrived, measured)
 
 
 def test_sums_with_a_row_of_numbers_are_of_the_other_kind() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import ClassVar, Self
 
 import torch
@@ -29,9 +30,10 @@ class Operator(ABC):
         """P·Δ, [rows, columns] -> [rows, columns]."""
 
     @classmethod
-    def part_names(cls) -> list[str]:
+    @cache
+    def part_names(cls) -> tuple[str, ...]:
         """The names of P's tensors."""
-        return [field.name for field in dataclasses.fields(cls) if field.type is Tensor]
+        return tuple(field.name for field in dataclasses.fields(cls) if field.type is Tensor)
 
     def parts(self) -> dict[str, Tensor]:
         """P's tensors by name."""

@@ -21,7 +21,7 @@ from ..curvature import (
 )
 from ..estimators import Estimator, absolute
 from ..estimators.hooks import unwrapped
-from ..wire import pack_layers
+from ..wire import is_exact, pack_layers
 from .inversion import CALLS_FROM_STEP, are_finite, invert
 from .state import from_state, restore, to_state
 
@@ -114,9 +114,11 @@ class SecondOrder(torch.optim.Optimizer):
                 raise ValueError(f"{', '.join(f'{key} {group[key]}' for key in checked)}: all must be >= 0")
         self._relative, self._decoupled, self._clip = relative_damping, decoupled_weight_decay, clip
         self._ema, self._refresh, self._inverse = ema, refresh_interval, inverse_interval
-        self._codec = codec
         if codec:
             check_codec(codec)
+        dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
+        # What arrives of P by an exact codec is P: no need to pack it before the step.
+        self._codec = None if codec and all(is_exact(codec, dtype) for dtype in dtypes) else codec
         self._sent: dict[Block, LayerCurvature] | None = None  # not yet decided
         self._parameters = dict(model.named_parameters())
         self._estimator = estimator([p for group in self.param_groups for p in group["params"]])

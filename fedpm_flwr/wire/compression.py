@@ -50,6 +50,11 @@ def compress(layer: LayerCurvature, codec: str, parameters: Mapping[str, Sequenc
     return pack(curvature, codecs | dict.fromkeys(curvature.symmetric, f"positions-{k}") if k > 1 else codecs)
 
 
+def is_exact(codec: str, dtype: torch.dtype) -> bool:
+    """Whether P, measured for parameters of this dtype, arrives as it is."""
+    return codec == "triangle-float64" or (codec == "triangle-float32" and dtype != torch.float64)
+
+
 def by_dtype(curvature: Curvature, dtype: str) -> dict[str, str]:
     """A codec for each part: float64, float32, bfloat16 or int8."""
     matrices = f"triangle-{dtype}" if dtype in _FULL else f"factor-{dtype}"
