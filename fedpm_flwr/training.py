@@ -172,6 +172,8 @@ def reproducible(seed: int, threads: int, device: torch.device) -> Iterator[None
             if device.type == "cuda":
                 with torch.cuda.device(device):
                     torch.cuda.manual_seed(seed)
+            elif device.type != "cpu":
+                torch.get_device_module(device).manual_seed(seed)
             yield
     finally:
         torch.set_num_threads(before)

@@ -1,5 +1,6 @@
 """Settings of the whole suite."""
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -9,3 +10,8 @@ settings.load_profile("suite")
 
 # Tests compute little, many times over: a second thread costs more than it brings.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: each goes to one core whole, and what is left at the end has the other one idle."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_simulation.py"))

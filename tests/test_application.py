@@ -290,14 +290,14 @@ def test_every_optimizer_setting_reaches_the_optimizer() -> None:
         position_stride=2,
     )
     model = build_model("lenet", (1, 16, 16), 10, 0)
-    optimizer = second_order(config, model, "triangle-float64")
+    optimizer = second_order(config, model, "triangle-int8")
     assert isinstance(optimizer, FOOF)
     group = optimizer.param_groups[0]
     names = ("lr", "plain_lr_scale", "damping", "momentum", "weight_decay")
     assert [group[name] for name in names] == [0.3, 2.0, 0.7, 0.8, 0.01]
     own = vars(optimizer)
     assert (own["_decoupled"], own["_relative"], own["_clip"], own["_ema"]) == (True, True, 5.0, 0.4)
-    assert (own["_refresh"], own["_inverse"], own["_codec"]) == (3, 4, "triangle-float64")
+    assert (own["_refresh"], own["_inverse"], own["_codec"]) == (3, 4, "triangle-int8")
     assert vars(optimizer._estimator)["_stride"] == 2
 
 

@@ -104,8 +104,8 @@ def unclipped(steps: int, config: Config) -> list[Tensor]:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
 def test_with_the_clip_at_infinity_it_is_the_diagonal_step(steps: int, tmp_path: Path) -> None:
-    """γ → ∞ with η/γ = 10⁻³: θ ← θ − 10⁻³ m/h, of one client, to rounding."""
-    config = Config(learning_rate=1e6, sophia_gamma=1e9, local_steps=steps, min_available_nodes=1)
+    """γ → ∞ with η/γ = 10⁻⁴: θ ← θ − 10⁻⁴ m/h, of one client, to rounding."""
+    config = Config(learning_rate=1e5, sophia_gamma=1e9, local_steps=steps, min_available_nodes=1)
     client = app_of(METHOD, config, tmp_path, data=samples, make_model=three_classes, loss=F.cross_entropy)
     state = federate(client, METHOD.strategy(config), three_classes(), 1).arrays.to_torch_state_dict()
     for found, expected in zip(state.values(), unclipped(steps, config), strict=True):
