@@ -107,7 +107,7 @@ def _optimizer(job: Job, addition: dict[str, Tensor]) -> SecondOrder:
 
 
 def _trains(job: Job, optimizer: SecondOrder, steps: int | None = None) -> bool:
-    """Whether the steps could be taken, and left loss and model finite."""
+    """Whether the steps could be taken, and did not diverge."""
     try:
         return job.train(optimizer, steps)
     except CurvatureError as error:

@@ -104,7 +104,7 @@ class Job:
             _log.warning("client state could not be written, later rounds go on without it: %s", error)
 
     def train(self, optimizer: torch.optim.Optimizer, steps: int | None = None) -> bool:
-        """Take the local steps (``training.fit``), note their metrics; whether loss and model stayed finite."""
+        """Take the local steps (``training.fit``), note their metrics; whether they did not diverge."""
         result = fit(self.model, self.batches, optimizer, self.loss, steps=steps or self.steps, device=self.device)
         self.metrics |= {
             "train-loss": result.loss,

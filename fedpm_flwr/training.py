@@ -1,7 +1,7 @@
 """Local training and evaluation, on whatever device there is."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -87,11 +87,11 @@ def fit(
     )
 
 
-def _has_blown_up(losses: Sequence[Tensor]) -> bool:
-    quarter = (len(losses) + 3) // 4
-    if not quarter:
+def _has_blown_up(losses: list[Tensor]) -> bool:
+    if not losses:
         return False
-    first, last = torch.stack([*losses[:quarter]]).mean(), torch.stack([*losses[-quarter:]]).mean()
+    quarter = math.ceil(len(losses) / 4)
+    first, last = torch.stack(losses[:quarter]).mean(), torch.stack(losses[-quarter:]).mean()
     return bool(last > _BLOWN_UP * first.clamp(min=1.0))
 
 

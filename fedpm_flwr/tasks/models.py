@@ -31,7 +31,7 @@ def build_model(
         fitting = ", ".join(other for other in _MODELS if is_text == (other in _FOR_TEXT))
         given = "text" if is_text else "features or images"
         raise ValueError(f"model={name!r} does not take {given} ({input_dtype}); models that do: {fitting}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # models are made on the CPU; see ``training.reproducible``
         torch.default_generator.manual_seed(seed)
         return _MODELS[name](input_shape, classes)
 
