@@ -6,11 +6,10 @@ from torch import Tensor
 
 from fedpm_flwr.curvature import Block, Kronecker, KroneckerRight, LayerCurvature
 from fedpm_flwr.curvature.linalg import leading
-from fedpm_flwr.wire import budget, low_rank
+from fedpm_flwr.wire import budget, encode, low_rank
 from fedpm_flwr.wire.budget import Offer
 from fedpm_flwr.wire.compression import bytes_of_rank
 from fedpm_flwr.wire.packed import Packed
-from fedpm_flwr.wire.rounded_factor import RoundedFactor, unit_cholesky
 
 
 def layer_of(name: str, values: list[float], damping: float = 1.0) -> LayerCurvature:
@@ -92,17 +91,9 @@ def test_the_sign_of_an_eigenvector_does_not_matter(monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_a_factor_in_8_bits_stays_definite_where_its_diagonal_rounds_to_0() -> None:
-    matrix = torch.tensor([[1.0, 1 - 1e-6], [1 - 1e-6, 1.0]])
-    codec = RoundedFactor(torch.int8)
-    found = codec.unpack(codec.pack(matrix), (2, 2)).double()
-    assert float(torch.linalg.eigvalsh(found)[0]) > 1e-6
-
-
-def test_a_singular_matrix_is_raised_no_more_than_rounding_asks_for() -> None:
-    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
-    matrix = x.T @ x
-    roots = matrix.diagonal().sqrt()
-    lower = unit_cholesky(matrix).double()
-    unit = matrix.double() / (roots[:, None] * roots)
-    assert float((lower @ lower.T - unit).abs().max()) < 1e-3
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_budget_is_of_the_parameters_own_bytes(dtype: torch.dtype) -> None:
+    parameters = {"w": torch.empty(50, 200, dtype=dtype)}
+    layer = LayerCurvature(Block("l", ("w",)), KroneckerRight(torch.diag(torch.linspace(9.0, 0.1, 200))), 0.1)
+    allowed = 0.1 * 50 * 200 * dtype.itemsize
+    assert 0.9 * allowed < len(encode([layer], "auto-0.1", parameters)) <= allowed

@@ -25,8 +25,9 @@ from fedpm_flwr.curvature import (
 from fedpm_flwr.curvature.linalg import leading
 from fedpm_flwr.optim import FOOF, KFAC, SecondOrder, Sophia
 from fedpm_flwr.tasks import build_model
-from fedpm_flwr.wire import decode, encode, pack_layers
-from fedpm_flwr.wire.positions import nearest_product
+from fedpm_flwr.wire import Packed, decode, encode, pack_layers
+from fedpm_flwr.wire.positions import Positions, nearest_product
+from fedpm_flwr.wire.rounded_factor import unit_cholesky
 
 from .helpers import CODECS, relative_error, spd
 
@@ -338,3 +339,33 @@ def test_two_sided_products_travel_factor_by_factor() -> None:
         (found,) = decode(encode([layer], codec, parameters), shapes)
         assert isinstance(found.curvature, Kronecker)
         found.curvature.to(torch.float64).damped(1e-4).check_positive_definite()
+
+
+def test_a_factor_in_8_bits_stays_definite_where_its_diagonal_rounds_to_0() -> None:
+    matrix = torch.tensor([[1.0, 1 - 1e-6], [1 - 1e-6, 1.0]])
+    assert float(torch.linalg.eigvalsh(as_matrix(arrived(matrix, "triangle-int8"), 6))[0]) > 1e-6
+
+
+def test_an_indefinite_matrix_is_raised_in_steps_until_it_is_not() -> None:
+    """Of eigenvalue −3e-4, by the first of ε · side · 10ᵏ above that, and no more."""
+    lower = unit_cholesky(torch.tensor([[1.0, 1 + 3e-4], [1 + 3e-4, 1.0]])).double()
+    raised = torch.finfo(torch.float32).eps * 2 * 1e4
+    assert float((lower @ lower.mT)[0, 1]) == pytest.approx((1 + 3e-4) / (1 + raised), abs=1e-6)
+
+
+def test_a_rank_by_its_share_holds_it_in_every_group() -> None:
+    """Of a grouped convolution, of which the first group has one direction and the second ten alike."""
+    groups = torch.diag_embed(torch.tensor([[9.0] + [0.0] * 39, [1.0] * 10 + [0.0] * 30]))
+    parameters = {"weight": torch.empty(4, 40)}
+    (layer,) = pack_layers([LayerCurvature(BLOCK, KroneckerRight(groups), 1.0)], "rank-0.9", parameters)
+    assert isinstance(layer.packed, Packed)
+    assert layer.packed.codecs == {"factor": "spectral-9"}
+
+
+@pytest.mark.parametrize(("side", "fits"), [(1, False), (3, True), (6, True), (7, True), (8, False)])
+def test_kernel_positions_need_whole_channels_and_at_most_a_bias(side: int, fits: bool) -> None:
+    if fits:
+        assert Positions(3).layout((side, side))
+        return
+    with pytest.raises(ValueError, match=f"a matrix of side {side} is not one of 3 kernel positions"):
+        Positions(3).layout((side, side))

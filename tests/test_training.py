@@ -139,6 +139,9 @@ def test_a_small_loss_that_rises_is_no_divergence() -> None:
     assert not fit(model, rising, frozen, nn.functional.mse_loss).diverged
     rising.append((torch.ones(1, 1), torch.full((1, 1), 11.0)))
     assert fit(model, rising[1:], frozen, nn.functional.mse_loss).diverged
+    # One odd batch among the last quarter, here of three, is not enough.
+    level = [(torch.ones(1, 1), torch.ones(1, 1))] * 11
+    assert not fit(model, [*level, rising[-1]], frozen, nn.functional.mse_loss).diverged
 
 
 def test_accuracy_while_training_is_of_labels_only(data: TensorDataset) -> None:

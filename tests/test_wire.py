@@ -311,6 +311,22 @@ def test_few_bytes_that_stand_for_large_matrices_are_refused_unread() -> None:
         decode(data, {"w": (10, 10)}, max_bytes=9_999)
 
 
+def test_many_matrices_count_together() -> None:
+    layers = [LayerCurvature(Block(key, (key,)), Dense(torch.eye(100)), 1.0) for key in "ab"]
+    data, shapes = encode(layers, "rank-1"), {"a": (10, 10), "b": (10, 10)}
+    assert len(decode(data, shapes, max_bytes=20_000)) == 2
+    with pytest.raises(PayloadError, match="its matrices have 80000 bytes, more than the 79996 allowed"):
+        decode(data, shapes, max_bytes=19_999)
+
+
+def test_a_copy_belongs_to_one_layer_only() -> None:
+    """Else the two would each move it."""
+    one, two = (Block(key, (key,), (("copy", key),)) for key in "ab")
+    data = encode([LayerCurvature(block, KroneckerRight(torch.eye(2)), 1.0) for block in (one, two)], "diagonal")
+    with pytest.raises(PayloadError, match="layer 'b': parameter 'copy' has a curvature already"):
+        decode(data, {"a": (1, 2), "b": (1, 2), "copy": (1, 2)})
+
+
 @given(st.data())
 @settings(max_examples=300)
 def test_damaged_bytes_raise_the_one_error_or_are_valid(data: st.DataObject) -> None:
