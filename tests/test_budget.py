@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from fedpm_flwr.curvature import Block, Kronecker, KroneckerRight, LayerCurvature
+from fedpm_flwr.curvature import Block, Curvature, Dense, Diagonal, Kronecker, KroneckerRight, LayerCurvature
 from fedpm_flwr.curvature.linalg import leading
 from fedpm_flwr.wire import budget, encode, low_rank
 from fedpm_flwr.wire.budget import Offer
@@ -70,6 +72,58 @@ def test_every_layer_has_its_first_eigenvector_before_any_has_its_tenth() -> Non
     )
     assert found[1] >= 1
     assert found[0] >= 4
+
+
+@pytest.mark.parametrize("sides", [(500, 400), (400, 500), (10, 600)])
+def test_two_factors_have_their_first_eigenvectors_before_either_has_many(sides: tuple[int, int]) -> None:
+    """Whatever their spectra: a layer is sent as soon as its cheapest form can be paid."""
+    generator = torch.Generator().manual_seed(0)
+
+    def flat(side: int) -> Tensor:
+        x = torch.randn(4 * side, side, generator=generator)
+        return x.T @ x / (4 * side)
+
+    layer = LayerCurvature(Block("l", ("w",)), Kronecker(flat(sides[0]), flat(sides[1])), 0.1)
+    cheapest = sum(bytes_of_rank(1, (side, side)) for side in sides) + 800
+    for allowed in (cheapest, 3 * cheapest, 20 * cheapest):
+        (sent,) = budget.spend([layer], allowed)
+        assert sent is not None
+
+
+NAMES = st.text(max_size=12)
+
+
+@given(data=st.data())
+@settings(max_examples=150)
+def test_a_budget_is_never_exceeded(data: st.DataObject) -> None:
+    """By odd names, many parameters, stacks, long numbers: the header counts too."""
+    layers, parameters = [], dict[str, Tensor]()
+    for index in range(data.draw(st.integers(1, 4))):
+        side, rows, groups = (data.draw(st.integers(1, most)) for most in (40, 12, 3))
+        scale = data.draw(st.sampled_from([1e-7, 1.0, 123456.789]))
+        x = torch.randn(groups, 2 * side, side, generator=torch.Generator().manual_seed(index))
+        right = scale * (x.mT @ x)[0 if groups == 1 else slice(None)]
+        left = torch.eye(rows).expand(*right.shape[:-2], rows, rows).contiguous()
+        name = f"{index}{data.draw(NAMES)}"
+        keys: tuple[str, ...] = (name,)
+        shapes: list[tuple[int, ...]] = [(groups * rows, side)]
+        kind = data.draw(st.sampled_from(["right", "kronecker", "dense", "diagonal"]))
+        curvature: Curvature = KroneckerRight(right)
+        if kind == "kronecker":
+            curvature = Kronecker(left, right)
+        elif kind == "dense":
+            keys, shapes = tuple(f"{name}.{i}" for i in range(side)), [(1,)] * side
+            curvature = Dense(x[0].T @ x[0])
+        elif kind == "diagonal":
+            curvature = Diagonal(x[0, :rows].square() if len(x[0]) >= rows else x[0].square())
+            shapes = [tuple(curvature.values.shape)]
+        parameters |= {key: torch.empty(shape, device="meta") for key, shape in zip(keys, shapes, strict=True)}
+        damping = data.draw(st.floats(0, 10))
+        layers.append(LayerCurvature(Block(data.draw(NAMES), keys), curvature, damping))
+    total = sum(p.numel() * 4 for p in parameters.values())
+    share = data.draw(st.integers(1, 300)) / 100
+    empty = len(encode([], "auto-1", parameters))
+    assert len(encode(layers, f"auto-{share}", parameters)) <= max(share * total, empty)
 
 
 def test_names_are_paid_for() -> None:

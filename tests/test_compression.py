@@ -1,5 +1,6 @@
 """What each codec keeps: positive semidefinite whatever is rounded, near to the matrix, within its bytes."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,7 @@ from fedpm_flwr.config import ConfigError, check_codec
 from fedpm_flwr.curvature import (
     Block,
     Curvature,
+    CurvatureError,
     Diagonal,
     Kronecker,
     KroneckerRight,
@@ -64,7 +66,7 @@ def moments(side: int, examples: int, seed: int = 0) -> Tensor:
     examples=st.integers(1, 60),
     seed=st.integers(0, 99),
     zeros=st.integers(0, 3),
-    scale=st.sampled_from([1e-12, 1.0, 1e12]),
+    scale=st.sampled_from([1e-30, 1e-12, 1.0, 1e12, 1e30]),
 )
 @settings(max_examples=40)
 def test_what_arrives_is_positive_semidefinite(
@@ -248,8 +250,90 @@ def test_diagonals_are_sent_by_their_mean_row_where_all_are_too_many() -> None:
 
 @pytest.mark.parametrize("codec", ["auto", "positions"])
 def test_what_needs_the_model_says_so(codec: str) -> None:
-    with pytest.raises(ValueError, match=f"codec '{codec}' needs to know the model's parameters"):
-        encode([LayerCurvature(BLOCK, KroneckerRight(torch.eye(3)), 1.0)], codec)
+    layer = LayerCurvature(BLOCK, KroneckerRight(torch.eye(3)), 1.0)
+    with pytest.raises(ValueError, match=f"codec '{codec}' needs to know the model's parameter"):
+        encode([layer], codec)
+    if codec == "positions":
+        with pytest.raises(ValueError, match=r"layer 'layer': codec 'positions' needs to know .* 'weight'"):
+            encode([layer], codec, {"other": torch.empty(3, 3)})
+
+
+@pytest.mark.parametrize("codec", [codec for codec in LOSSY if codec != "diagonal"])
+def test_a_matrix_that_cannot_be_sent_is_named(codec: str) -> None:
+    parameters = {"weight": torch.empty(3, 4, 1, 2)}
+    far_off = -torch.eye(8) + 0.9
+    if codec in ("triangle-bfloat16", "triangle-int8"):
+        with pytest.raises(CurvatureError, match=r"layer 'layer': a matrix of side . is not finite, or far from"):
+            encode([LayerCurvature(BLOCK, KroneckerRight(-1e4 * far_off), 1.0)], codec, parameters)
+    with pytest.raises(ValueError, match="layer 'layer': curvature without a number does not travel"):
+        encode([LayerCurvature(BLOCK, KroneckerRight(torch.empty(0, 0)), 1.0)], codec, parameters)
+
+
+def test_numbers_beyond_float32_are_not_sent() -> None:
+    layer = LayerCurvature(BLOCK, KroneckerRight(1e39 * torch.eye(3).double()), 1.0)
+    with pytest.raises(CurvatureError, match="layer 'layer': its curvature is not finite"):
+        encode([layer], "triangle-float32")
+    assert encode([layer], "triangle-float64")
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_positions_are_as_near_at_any_scale(scale: float) -> None:
+    matrix, parameters = moments(36, 100), {"weight": torch.empty(3, 4, 3, 3)}
+
+    def sent(matrix: Tensor) -> Tensor:
+        (layer,) = pack_layers([LayerCurvature(BLOCK, KroneckerRight(matrix), 1.0)], "positions", parameters)
+        return as_matrix(layer.curvature, 36)
+
+    assert sent(matrix).trace() > 0.5 * matrix.trace()
+    torch.testing.assert_close(sent(matrix * scale) / scale, sent(matrix), rtol=0.03, atol=1e-2)
+
+
+def test_groups_are_rounded_each_in_its_own_unit() -> None:
+    """A group of small curvature is as near as one of large."""
+    stack = torch.stack([moments(40, 100), 1e-5 * moments(40, 100, seed=1)])
+    (layer,) = pack_layers([LayerCurvature(BLOCK, KroneckerRight(stack), 1.0)], "rank-4")
+    found = layer.curvature.parts()["factor"]
+    alone = [as_matrix(arrived(matrix, "rank-4"), 40) for matrix in stack]
+    for one, expected in zip(found, alone, strict=True):
+        assert relative_error(one.double(), expected) < 1e-3
+
+
+def test_float16_arrives_as_the_server_has_it() -> None:
+    (layer,) = pack_layers([LayerCurvature(BLOCK, KroneckerRight(moments(20, 50).half()), 1.0)], "triangle-int8")
+    (decoded,) = decode(encode([layer], "triangle-int8"), {"weight": (3, 20)})
+    assert torch.equal(layer.curvature.parts()["factor"], decoded.curvature.parts()["factor"])
+
+
+@pytest.mark.filterwarnings("ignore:no curvature for 1")
+def test_the_budget_is_of_the_arrays_that_a_client_gets_also_for_a_single_step() -> None:
+    """Buffers and copies of tied weights travel by averaging too: both ways of packing count them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60, 60), nn.BatchNorm1d(60), nn.Linear(60, 60), nn.Linear(60, 5))
+    model[2].weight, model[2].bias = model[0].weight, model[0].bias
+    arrays = model.state_dict()
+    optimizer = FOOF(model, lr=0.1, damping=0.1, codec="auto-0.1")
+    F.cross_entropy(model(torch.randn(30, 60)), torch.arange(30) % 5).backward()
+    optimizer.step()
+    measured = FOOF(model, lr=0.1, damping=0.1)
+    F.cross_entropy(model(torch.randn(30, 60)), torch.arange(30) % 5).backward()
+    measured.step()
+    total = 0.1 * sum(value.nbytes for value in arrays.values())
+    for layers in (optimizer.preconditioners(), measured.preconditioners()):
+        assert 0.85 * total < len(encode(layers, "auto-0.1", arrays)) <= total
+
+
+def test_what_was_sent_of_a_layer_stays_until_it_is_measured_anew() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = FOOF(model, lr=0.1, damping=0.1, codec="triangle-int8", refresh_interval=5)
+    model[2].eval()
+    for _ in range(2):
+        optimizer.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the last layer was not measured
+            model(torch.randn(8, 4)).sum().backward()
+            optimizer.step()
+        model[2].train()
+    assert [layer.block.name for layer in optimizer.preconditioners()] == ["0", "2"]
 
 
 @pytest.mark.parametrize("codec", CODECS)

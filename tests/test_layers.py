@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedpm_flwr.curvature import Curvature, to_matrix
 from fedpm_flwr.estimators import GaussNewtonBartlett, InputCovariance, KroneckerFactors
 from fedpm_flwr.estimators.kfac import _outputs
 from fedpm_flwr.estimators.layers import find_layers, rows_of
+from fedpm_flwr.optim import FOOF
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(3, 4), (5, 3)),
@@ -321,3 +323,13 @@ def test_micro_batches_of_unequal_size_add_up_to_one_batch(name: str) -> None:
         for loss in losses:
             loss.backward()
         torch.testing.assert_close(numbers(estimator), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(4, 0), (0, 3)])
+def test_a_layer_without_a_weight_takes_plain_steps(inputs: int, outputs: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that there is nothing to initialise
+        empty = nn.Linear(inputs, outputs)
+    with pytest.warns(UserWarning, match=r"no curvature for 1 \(no inputs or no outputs\)"):
+        optimizer = FOOF(nn.Sequential(nn.Linear(2, 4), empty), lr=0.1)
+    assert [block.name for block in optimizer._estimator.blocks] == ["0"]

@@ -82,6 +82,8 @@ def _why_not(
     weight, bias = _NAMES[type(module)]
     if weight not in own:
         return "frozen weight" if weight in dict(module.named_parameters(recurse=False)) else type(module).__name__
+    if not own[weight].numel():
+        return "no inputs or no outputs"
     twins = users[own[weight]]
     alike = all(
         type(twin) is type(module)

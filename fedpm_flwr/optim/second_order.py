@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from itertools import chain
 from typing import Any, overload
@@ -120,6 +120,9 @@ class SecondOrder(torch.optim.Optimizer):
         # What arrives of P by an exact codec is P: no need to pack it before the step.
         self._codec = None if codec and all(is_exact(codec, dtype) for dtype in dtypes) else codec
         self._sent: dict[Block, LayerCurvature] | None = None  # not yet decided
+        # Of the model as it travels, buffers too: shapes and bytes alone.
+        arrays = model.state_dict() if self._codec else {}
+        self._arrays = {key: value.to("meta") for key, value in arrays.items() if isinstance(value, Tensor)}
         self._parameters = dict(model.named_parameters())
         self._estimator = estimator([p for group in self.param_groups for p in group["params"]])
         self._unmeasured: set[Block] = set()
@@ -235,7 +238,7 @@ class SecondOrder(torch.optim.Optimizer):
             state["average"] = to_state(new)
         state["curvature"] = to_state(new)
 
-    def _step_by_what_arrives(self, codec: str, measured: Iterable[Block]) -> None:
+    def _step_by_what_arrives(self, codec: str, measured: Collection[Block]) -> None:
         """Let P of these blocks be as the server gets it; of those that are not sent it stays as it is."""
         groups = {p: group for group in self.param_groups for p in group["params"]}
         layers = []
@@ -243,9 +246,10 @@ class SecondOrder(torch.optim.Optimizer):
             curvature = _curvature(self._state_of(block))
             damping = self._damping(block, curvature, groups[self._parameters[block.parameters[0]]])
             layers.append(LayerCurvature(block, curvature, damping))
-        self._sent = {layer.block: layer for layer in pack_layers(layers, codec, self._parameters)}
-        for block, layer in self._sent.items():
+        new = {layer.block: layer for layer in pack_layers(layers, codec, self._arrays)}
+        for block, layer in new.items():
             self._state_of(block)["curvature"] = to_state(layer.curvature)
+        self._sent = {b: layer for b, layer in (self._sent or {}).items() if b not in measured} | new
 
     def _prepare(self, block: Block, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Invert P + λI, if that is due."""

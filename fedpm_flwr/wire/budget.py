@@ -9,21 +9,22 @@ which there is not even that sends nothing, and is averaged.
 """
 
 import heapq
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor
 
-from ..curvature import Curvature, Diagonal, Kronecker, LayerCurvature
+from ..curvature import KINDS, Curvature, Diagonal, Kronecker, KroneckerRight, LayerCurvature, LowRank
 from ..curvature.linalg import leading
-from .compression import by_dtype, bytes_of_int8, bytes_of_rank, of_rank
-from .packed import Packed, layout, pack, size
+from .compression import INT8, by_dtype, bytes_of_int8, bytes_of_rank, of_rank
+from .low_rank import BASIS, FLOOR
+from .packed import Packed, entry_of, layout, named, pack, size
 
-_HEADER, _TENSOR = 270, 75
-"""Bytes of a payload's header, at most: for each layer, beside its names, and for each of its tensors."""
+_INDEX = 9999
+"""A layer's place in a payload, as long as it can be written."""
 _FIRST = 0.5
 """What a layer's first eigenvector buys at least of all that its curvature does; all of them share the rest."""
 _MOST = 128
@@ -40,12 +41,15 @@ class Offer:
 
 
 def spend(layers: Sequence[LayerCurvature], bytes_allowed: float) -> list[Packed | None]:
-    """What to send of each layer in this many bytes, headers included; None: nothing.
+    """What to send of each layer in this many bytes, its share of the header included; None: nothing.
 
     Raises:
-        CurvatureError: a matrix is not finite.
+        CurvatureError: a matrix is not finite; names the layer.
     """
-    offers = [_offers(layer, bytes_allowed) for layer in layers]
+    offers: list[list[Offer]] = []
+    for layer in layers:
+        with named(layer):
+            offers.append(_offers(layer, bytes_allowed))
     chosen: list[Offer | None] = [None] * len(layers)
     left = bytes_allowed
     queue = [entry for index in range(len(layers)) if (entry := _next(index, 0, None, offers[index]))]
@@ -58,7 +62,11 @@ def spend(layers: Sequence[LayerCurvature], bytes_allowed: float) -> list[Packed
             chosen[index], left = offer, left - dearer
             if entry := _next(index, place + 1, offer, offers[index]):
                 heapq.heappush(queue, entry)
-    return [offer.make() if offer else None for offer in chosen]
+    made: list[Packed | None] = []
+    for layer, choice in zip(layers, chosen, strict=True):
+        with named(layer):
+            made.append(choice.make() if choice else None)
+    return made
 
 
 def _next(index: int, place: int, before: Offer | None, offers: Sequence[Offer]) -> tuple[float, int, int] | None:
@@ -73,31 +81,57 @@ def _next(index: int, place: int, before: Offer | None, offers: Sequence[Offer])
 def _offers(layer: LayerCurvature, bytes_allowed: float) -> list[Offer]:
     """A layer's forms, each dearer than the one before and better."""
     curvature = layer.curvature
-    names = (layer.block.name, *layer.block.parameters, *chain.from_iterable(layer.block.copies))
-    fixed = _HEADER + _TENSOR * 3 * len(curvature.part_names()) + 2 * len("".join(names))
-    if isinstance(curvature, Diagonal):
-        return _diagonals(curvature, fixed)
+    if isinstance(curvature, Diagonal) and 1 not in curvature.values.shape:
+        mean = Diagonal(curvature.values.mean(0, keepdim=True))
+        return [_whole(layer, mean, 0.5, bytes_allowed), _whole(layer, curvature, 1.0, bytes_allowed)]
     if not curvature.symmetric:
-        return [_whole(curvature, by_dtype(curvature, "int8"), 1.0, fixed)]
-    return _by_ranks(curvature, layer.damping, bytes_allowed, fixed)
+        return [_whole(layer, curvature, 1.0, bytes_allowed)]
+    return _by_ranks(layer, bytes_allowed)
 
 
-def _by_ranks(curvature: Curvature, damping: float, bytes_allowed: float, fixed: int) -> list[Offer]:
+def _by_ranks(layer: LayerCurvature, bytes_allowed: float) -> list[Offer]:
     """An eigenvector of each part, then one more at a time, where it buys most, at last all in full."""
+    curvature = layer.curvature
     shapes = {part: tuple(getattr(curvature, part).shape) for part in sorted(curvature.symmetric)}
-    vectors = []
+    gain, vectors = _FIRST, list[tuple[float, float, str]]()
     for part, shape in shapes.items():
-        gains = _gains(getattr(curvature, part), damping / _other_side(curvature, part), bytes_allowed)
-        vectors += [(gain / shape[-1], gain / len(shapes), part) for gain in gains]
-    ranks, gain, steps = dict.fromkeys(shapes, 0), _FIRST, list[tuple[dict[str, int], float]]()
-    for _, more, part in sorted(vectors, key=lambda vector: -vector[0]):
-        ranks, gain = ranks | {part: ranks[part] + 1}, gain + (1 - _FIRST) * more
-        if all(ranks.values()):
-            steps.append((ranks, gain))
+        damping = layer.damping / _other_side(curvature, part)
+        first, *more = _gains(getattr(curvature, part), damping, bytes_allowed)
+        gain += (1 - _FIRST) * first / len(shapes)
+        vectors += [(each / shape[-1], each / len(shapes), part) for each in more]
+    ranks = dict.fromkeys(shapes, 1)
+    steps = [(ranks, gain)]
+    for _, each, part in sorted(vectors, key=lambda vector: -vector[0]):
+        ranks, gain = ranks | {part: ranks[part] + 1}, gain + (1 - _FIRST) * each
+        steps.append((ranks, gain))
     steps.append(({part: shape[-1] for part, shape in shapes.items()}, 1.0))
+    fixed = max(_header(layer, form, bytes_allowed) for form in _forms(curvature, shapes))
     return [
         Offer(fixed + _bytes(ranks, shapes), gain, partial(of_rank, curvature, ranks)) for ranks, gain in steps
     ]
+
+
+def _forms(curvature: Curvature, shapes: Mapping[str, tuple[int, ...]]) -> list[Packed]:
+    """What a curvature may become, its numbers as long as they can be written."""
+    all_shapes = {part: tuple(tensor.shape) for part, tensor in curvature.parts().items()}
+    codecs = by_dtype(curvature, "int8")
+    few = {part: f"spectral-{min(shape[-1], _MOST)}" for part, shape in shapes.items()}
+    forms = [Packed(curvature.kind, all_shapes, codecs | each, {}) for each in (few, dict.fromkeys(shapes, INT8))]
+    if isinstance(curvature, KroneckerRight) and curvature.factor.ndim == 2:
+        side = curvature.factor.shape[-1]
+        low_rank = {FLOOR: (side,), BASIS: (side, side)}
+        forms.append(Packed(LowRank.kind, low_rank, {FLOOR: "constant", BASIS: "columns-int8"}, {}))
+    return forms
+
+
+def _header(layer: LayerCurvature, form: Packed, bytes_allowed: float) -> int:
+    """Bytes of a payload's header that the layer takes in this form, at most."""
+    end = int(max(bytes_allowed, 0))
+    said = len(json.dumps(json.dumps(entry_of(layer, form), separators=(",", ":"))))
+    for name, (_, shape) in layout(KINDS[form.kind], form.shapes, form.codecs).items():
+        tensor = {f"{_INDEX}.{name}": {"dtype": "BF16", "shape": shape, "data_offsets": [end, end]}}
+        said += len(json.dumps(tensor, separators=(",", ":")))
+    return said
 
 
 def _bytes(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -124,16 +158,10 @@ def _other_side(curvature: Curvature, part: str) -> float:
     return float(other.diagonal(dim1=-2, dim2=-1).mean()) or 1.0
 
 
-def _diagonals(curvature: Diagonal, fixed: int) -> list[Offer]:
-    """The mean row, if there are several, and then all."""
-    whole = _whole(curvature, by_dtype(curvature, "int8"), 1.0, fixed)
-    if 1 in curvature.values.shape:
-        return [whole]
-    mean = Diagonal(curvature.values.mean(0, keepdim=True))
-    return [_whole(mean, by_dtype(mean, "int8"), 0.5, fixed), whole]
-
-
-def _whole(curvature: Curvature, codecs: Mapping[str, str], gain: float, fixed: int) -> Offer:
+def _whole(layer: LayerCurvature, curvature: Curvature, gain: float, bytes_allowed: float) -> Offer:
+    """All of a layer's curvature, as ``curvature``."""
     shapes = {part: tuple(tensor.shape) for part, tensor in curvature.parts().items()}
+    codecs = by_dtype(curvature, "int8")
     cost = size(layout(type(curvature), shapes, codecs))
+    fixed = _header(layer, Packed(curvature.kind, shapes, codecs, {}), bytes_allowed)
     return Offer(fixed + cost, gain, lambda: pack(curvature, codecs))

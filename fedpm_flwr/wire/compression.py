@@ -11,7 +11,8 @@
 | ``auto``, ``auto-0.1`` | what is best for 5 %, or 10 %, of the parameters' bytes (``budget``) | – |
 
 Where eigenvectors would take more bytes than ``triangle-int8``, that is sent instead. Parts that are vectors or
-diagonals are sent in full by the first two, else as bfloat16, eigenvectors as int8. A server reads any of
+diagonals are sent in full by the first two, else as bfloat16; eigenvectors as int8, by ``triangle-bfloat16`` as
+bfloat16. ``auto`` may send of a diagonal its mean row, and of a layer nothing. A server reads any of
 them, whatever it asked for: clients may differ.
 """
 
@@ -58,12 +59,15 @@ def is_exact(codec: str, dtype: torch.dtype) -> bool:
 def by_dtype(curvature: Curvature, dtype: str) -> dict[str, str]:
     """A codec for each part: float64, float32, bfloat16 or int8."""
     matrices = f"triangle-{dtype}" if dtype in _FULL else f"factor-{dtype}"
-    vectors = "columns-int8" if dtype == "int8" else f"values-{dtype}"
-    positive = f"values-{dtype}" if dtype in _FULL else "values-bfloat16"
-    return {
-        part: matrices if part in curvature.symmetric else positive if part in curvature.positive else vectors
-        for part in curvature.part_names()
-    }
+    vectors = f"values-{dtype}" if dtype in _FULL else "values-bfloat16"
+
+    def codec(part: str, tensor: torch.Tensor) -> str:
+        if part in curvature.symmetric:
+            return matrices
+        in_columns = dtype == "int8" and tensor.ndim > 1 and part not in curvature.positive
+        return "columns-int8" if in_columns else vectors
+
+    return {part: codec(part, tensor) for part, tensor in curvature.parts().items()}
 
 
 def of_rank(curvature: Curvature, ranks: int | Mapping[str, int]) -> Packed:
@@ -127,7 +131,8 @@ def _rank(matrix: torch.Tensor, share: float) -> int:
 
 def _kernel_positions(layer: LayerCurvature, parameters: Mapping[str, Sequence[int]] | None) -> int:
     """Kernel height times width of a convolution with one input factor; 1: there is none."""
-    if parameters is None:
-        raise ValueError("codec 'positions' needs to know the model's parameters")
-    weight = parameters[layer.block.parameters[0]]
+    key = layer.block.parameters[0]
+    if parameters is None or key not in parameters:
+        raise ValueError(f"codec 'positions' needs to know the model's parameter {key!r}")
+    weight = parameters[key]
     return int(torch.Size(weight[2:]).numel()) if isinstance(layer.curvature, KroneckerRight) else 1

@@ -1,12 +1,14 @@
 """One layer's curvature as it travels."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..curvature import KINDS, Curvature
+from ..curvature import KINDS, Curvature, CurvatureError, LayerCurvature
 from .codecs import codec_of_part
 from .layout import Layout, prefixed, without_prefix
 
@@ -31,6 +33,28 @@ class Packed:
                 for part, shape in self.shapes.items()
             }
         )
+
+
+def entry_of(layer: LayerCurvature, packed: Packed) -> dict[str, Any]:
+    """What a payload's table says of a layer that travels so."""
+    return {
+        "name": layer.block.name,
+        "parameters": list(layer.block.parameters),
+        "copies": dict(layer.block.copies),
+        "kind": packed.kind,
+        "codecs": dict(packed.codecs),
+        "shapes": {part: list(shape) for part, shape in packed.shapes.items()},
+        "damping": float(layer.damping),
+    }
+
+
+@contextmanager
+def named(layer: LayerCurvature) -> Iterator[None]:
+    """Errors of what is done here name the layer."""
+    try:
+        yield
+    except ValueError as error:
+        raise CurvatureError(f"layer {layer.block.name!r}: {error}") from error
 
 
 def pack(curvature: Curvature, codecs: Mapping[str, str]) -> Packed:

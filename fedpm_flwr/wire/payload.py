@@ -14,11 +14,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..config import check_codec
-from ..curvature import KINDS, Block, Curvature, Identity, LayerCurvature, matrix_shape
+from ..curvature import KINDS, Block, Curvature, CurvatureError, Identity, LayerCurvature, matrix_shape
 from .budget import spend
 from .compression import compress
 from .layout import prefixed, without_prefix
-from .packed import Packed, layout
+from .packed import Packed, entry_of, layout, named
 
 FORMAT_VERSION = 1
 METADATA_KEY = "fedpm"
@@ -32,6 +32,8 @@ _MAX_QUOTE = 100
 """Longest part of a stranger's bytes that an error message repeats."""
 _METADATA = "__metadata__"
 _DTYPES = {torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+_FRAME = 80
+"""Bytes of a payload without layers, at most: its length, its metadata and what fills it up to a multiple of 8."""
 _KINDS = {name: kind for name, kind in KINDS.items() if kind is not Identity}
 _FIELDS: dict[str, tuple[type, ...]] = {
     "name": (str,),
@@ -57,27 +59,22 @@ def encode(layers: Iterable[LayerCurvature], codec: str, parameters: Mapping[str
         parameters: the model's, of which only shapes and bytes are read; ``auto`` and ``positions`` need them.
 
     Raises:
-        ValueError: the codec is unknown, a kind of curvature does not travel, a matrix is not finite, or a
-            damping is not a finite number >= 0.
+        ValueError: the codec is unknown, a kind of curvature does not travel, or a damping is not a finite
+            number >= 0.
+        CurvatureError: a matrix is not finite, in float32 where the codec writes that, or far from positive
+            semidefinite; names the layer.
     """
     table: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for layer, packed in _packed(layers, codec, parameters):
         if not (math.isfinite(layer.damping) and layer.damping >= 0):
             raise ValueError(f"layer {layer.block.name!r}: damping {layer.damping} is not a finite number >= 0")
-        index = len(table)
-        table.append(
-            {
-                "name": layer.block.name,
-                "parameters": list(layer.block.parameters),
-                "copies": dict(layer.block.copies),
-                "kind": packed.kind,
-                "codecs": dict(packed.codecs),
-                "shapes": {part: list(shape) for part, shape in packed.shapes.items()},
-                "damping": float(layer.damping),
-            }
-        )
-        tensors |= prefixed(str(index), packed.tensors)
+        tensors |= prefixed(str(len(table)), packed.tensors)
+        table.append(entry_of(layer, packed))
+    return _document(table, tensors)
+
+
+def _document(table: list[dict[str, Any]], tensors: dict[str, Tensor]) -> bytes:
     metadata = {METADATA_KEY: json.dumps({"version": FORMAT_VERSION, "layers": table}, separators=(",", ":"))}
     return save(tensors, metadata)
 
@@ -87,7 +84,7 @@ def pack_layers(
 ) -> list[LayerCurvature]:
     """The layers that the codec sends, each with its curvature as it arrives, and ``packed``.
 
-    In its own dtype and on its own device. Arguments and errors are those of ``encode``.
+    In its own dtype, but float32 at least, and on its own device. Arguments and errors are those of ``encode``.
     """
     return [_arrived(layer, packed) for layer, packed in _packed(layers, codec, parameters)]
 
@@ -102,22 +99,29 @@ def _packed(
     fresh = [layer for layer in given if layer.packed is None]
     for layer in fresh:
         _check_travels(layer)
-        if not all(torch.isfinite(part).all() for part in layer.curvature.parts().values()):
-            raise ValueError(f"layer {layer.block.name!r}: its curvature is not finite; has training diverged?")
+        _check_finite(layer, layer.curvature.parts())
     if codec.startswith("auto") and fresh:
         if parameters is None or shapes is None:
             raise ValueError(f"codec {codec!r} needs to know the model's parameters")
         total = sum(value.numel() * value.element_size() for value in parameters.values())
-        packed = spend(fresh, float(codec.partition("-")[2] or DEFAULT_SHARE) * total)
+        packed = spend(fresh, float(codec.partition("-")[2] or DEFAULT_SHARE) * total - _FRAME)
     else:
-        packed = [compress(layer, codec, shapes) for layer in fresh]
-    before = [(layer, layer.packed) for layer in given if isinstance(layer.packed, Packed)]
-    return [*before, *((layer, one) for layer, one in zip(fresh, packed, strict=True) if one is not None)]
+        packed = [_compressed(layer, codec, shapes) for layer in fresh]
+    made = [(layer, one) for layer, one in zip(fresh, packed, strict=True) if one is not None]
+    for layer, one in made:
+        _check_finite(layer, one.tensors)
+    return [(layer, layer.packed) for layer in given if isinstance(layer.packed, Packed)] + made
+
+
+def _compressed(layer: LayerCurvature, codec: str, shapes: Mapping[str, Sequence[int]] | None) -> Packed:
+    with named(layer):
+        return compress(layer, codec, shapes)
 
 
 def _arrived(layer: LayerCurvature, packed: Packed) -> LayerCurvature:
     like = next(iter(layer.curvature.parts().values()))
-    return replace(layer, curvature=packed.curvature().to(like.dtype, like.device), packed=packed)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return replace(layer, curvature=packed.curvature().to(dtype, like.device), packed=packed)
 
 
 def decode(
@@ -174,6 +178,13 @@ def _check_travels(layer: LayerCurvature) -> None:
     curvature = layer.curvature
     if curvature.kind not in _KINDS or _rest(curvature) != _rest(type(curvature)(**curvature.parts())):
         raise ValueError(f"layer {layer.block.name!r}: curvature of kind {curvature.kind!r} does not travel")
+    if not all(part.numel() for part in curvature.parts().values()):
+        raise ValueError(f"layer {layer.block.name!r}: curvature without a number does not travel")
+
+
+def _check_finite(layer: LayerCurvature, tensors: Mapping[str, Tensor]) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise CurvatureError(f"layer {layer.block.name!r}: its curvature is not finite; has training diverged?")
 
 
 def _rest(curvature: Curvature) -> dict[str, Any]:

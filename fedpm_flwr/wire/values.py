@@ -32,19 +32,21 @@ class Values:
 
 
 class Int8Columns:
-    """Whole numbers from −127 to 127, and for each column by what to multiply them."""
+    """Whole numbers from −127 to 127, and for each column, of each matrix of a stack, by what to multiply them."""
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        return {VALUES: (torch.int8, shape), SCALE: (torch.float32, shape[-1:])}
+        if len(shape) < 2:
+            raise ValueError(f"a part of shape {list(shape)} has no columns")
+        return {VALUES: (torch.int8, shape), SCALE: (torch.float32, (*shape[:-2], shape[-1]))}
 
     def pack(self, part: Tensor) -> dict[str, Tensor]:
         part = part.to("cpu", torch.float32)
-        scale = part.abs().amax(tuple(range(part.ndim - 1))) / LARGEST
-        whole = (part / scale.where(scale > 0, 1.0)).round()
+        scale = part.abs().amax(-2) / LARGEST
+        whole = (part / scale.where(scale > 0, 1.0)[..., None, :]).round().clamp(-LARGEST, LARGEST)
         return {VALUES: whole.to(torch.int8).contiguous(), SCALE: scale}
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        return tensors[VALUES].float() * tensors[SCALE]
+        return tensors[VALUES].float() * tensors[SCALE][..., None, :]
 
 
 class Constant:
