@@ -1,12 +1,14 @@
 """What a thousand clients take: whole runs of Flower's simulation, FedPM beside FedAvg, in the same harness.
 
-    python -m benchmarks.simulation [--clients 100,1000] [--methods fedpm,fedpm:auto,fedavg] [--rounds 5]
+    python -m benchmarks.simulation [--clients 100,1000] [--methods fedpm,fedpm:auto,fedavg] [--repeats 3]
 
 Each run is ``flwr run`` with that many SuperNodes over Ray (scripts/simulate.py), on 20,000 noisy copies of
 scikit-learn's digits, 64 features, a linear model, Dirichlet 0.1. fedpm: FOOF's matrices in full, or by the
-codec after the colon.
+codec after the colon. The methods take turns, and each number is the median of theirs: the first run of all finds
+nothing in the machine's caches.
 
-Columns: seconds, from the command's start to its end; times_fedavg; start_seconds, before the first round:
+Columns: seconds, from the command's start to its end; range_seconds, from the shortest run's to the longest's;
+times_fedavg; start_seconds, before the first round:
 SuperLink, installation, Ray; first_round, which has the imports of Ray's workers, their data and partitions, and
 the question to each node which partition it has; round_seconds, of the rounds after it, on average; work_seconds,
 of the same rounds in one process without Ray: the work of clients and server itself. What round_seconds are more
@@ -19,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from fedpm_flwr.config import Config, ConfigError, check_codec
+from fedpm_flwr.report import PREFIX
 
 from .arguments import make_parser, whole_numbers
 from .compare import Rounds, run_all
@@ -42,12 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="fedpm-flwr-") as folder:
         data = make_data(Path(folder))
         for clients in given.clients:
+            runs = dict[str, list[dict[str, float]]]()
+            for repeat in range(given.repeats):
+                for method in given.methods:
+                    output = Path(folder) / f"{method}-{clients}-{repeat}"
+                    config = config_of(method, clients, given.rounds, data, output)
+                    runs.setdefault(method, []).append(measure(config, clients))
+                    print(f"{PREFIX}{method}, {clients} clients: {runs[method][-1]}", flush=True)
             for method in given.methods:
                 config = config_of(method, clients, given.rounds, data, Path(folder) / f"{method}-{clients}")
-                rows.append(measure(config, method, clients))
-                print(rows[-1], flush=True)
+                rows.append(row_of(config, runs[method], clients))
     rows = with_times_fedavg(rows)
-    publish("simulation", rows, given.output, rounds=given.rounds)
+    publish("simulation", rows, given.output, rounds=given.rounds, repeats=given.repeats)
     return 0
 
 
@@ -56,6 +64,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clients", default="100,1000", help="default: %(default)s")
     parser.add_argument("--methods", default="fedpm,fedpm:auto,fedavg", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each (default: %(default)s)")
     given = parser.parse_args(arguments)
     given.methods = given.methods.split(",")
     for method in given.methods:
@@ -67,8 +76,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         except ConfigError as error:
             parser.error(str(error))
     given.clients = whole_numbers(given.clients)
-    if min(*given.clients, given.rounds - 1) < 1:
-        parser.error("--clients and --rounds are whole numbers; allowed: >= 1 clients, >= 2 rounds")
+    if min(*given.clients, given.rounds - 1, given.repeats) < 1:
+        parser.error("--clients, --rounds and --repeats are whole numbers; allowed: >= 1, but >= 2 rounds")
     return given
 
 
@@ -99,24 +108,32 @@ def config_of(method: str, clients: int, rounds: int, data: Path, output: Path) 
     )
 
 
-def measure(config: Config, method: str, clients: int) -> dict[str, str | int | float | None]:
-    """One run on Ray, and the same in one process."""
+def measure(config: Config, clients: int) -> dict[str, float]:
+    """Seconds of one run on Ray."""
     started = time.perf_counter()
     ran = run_on_ray([config], clients)
     seconds = time.perf_counter() - started
     if not ran:
-        raise SystemExit(f"{method} with {clients} clients failed; see above")
+        raise SystemExit(f"{config.algorithm} with {clients} clients failed; see above")
     (real,) = ran.values()
-    (alone,) = run_all([replace(config, output=f"{config.output}-alone")], clients, 1).values()
-    algorithm, _, codec = method.partition(":")
     return {
-        "clients": clients,
-        "method": algorithm,
-        "codec": codec or (config.codec if algorithm == "fedpm" else None),
         "seconds": rounded(seconds),
         "start_seconds": rounded(seconds - sum(row["seconds"] for row in real)),
         "first_round": rounded(real[1]["seconds"]),
         "round_seconds": _mean_seconds(real),
+    }
+
+
+def row_of(config: Config, runs: Sequence[dict[str, float]], clients: int) -> Row:
+    """The medians of these runs of a method, and its rounds in one process."""
+    (alone,) = run_all([config], clients, 1).values()
+    every = [run["seconds"] for run in runs]
+    return {
+        "clients": clients,
+        "method": config.algorithm,
+        "codec": config.codec if config.algorithm == "fedpm" else None,
+        **{key: rounded(statistics.median(run[key] for run in runs)) for key in runs[0]},
+        "range_seconds": rounded(max(every) - min(every)),
         "work_seconds": _mean_seconds(alone),
     }
 

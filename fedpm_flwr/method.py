@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -84,8 +84,7 @@ class Job:
 
     def second_order(self, optimizer: str | None = None) -> SecondOrder:
         """The optimizer of this name, by default the one that the setting ``optimizer`` names."""
-        config = replace(self.config, optimizer=optimizer or self.config.optimizer, seed=self.seed)
-        return second_order(config, self.model, self.codec)
+        return second_order(self.config, self.model, self.codec, name=optimizer, seed=self.seed)
 
     def extra(self) -> dict[str, Tensor]:
         """The tensors that the server sent beside the model; empty: none."""

@@ -13,18 +13,20 @@ from .optim import FOOF, KFAC, LTDA, Newton, SecondOrder, Sophia
 
 @dataclass(frozen=True)
 class NamedOptimizer:
-    """``make(config, model, codec)``, and the settings that it reads.
+    """``make(config, model, codec, seed)``, and the settings that it reads.
 
     The codec is given in rounds of one local step, where the client steps by the curvature as decoded.
     """
 
-    make: Callable[[Config, nn.Module, str | None], SecondOrder]
+    make: Callable[[Config, nn.Module, str | None, int], SecondOrder]
     reads: tuple[str, ...]
 
 
-def second_order(config: Config, model: nn.Module, codec: str | None = None) -> SecondOrder:
-    """The optimizer that the setting ``optimizer`` names."""
-    return OPTIMIZERS[config.optimizer].make(config, model, codec)
+def second_order(
+    config: Config, model: nn.Module, codec: str | None = None, *, name: str | None = None, seed: int | None = None
+) -> SecondOrder:
+    """The optimizer of this name and with this seed, by default those of the settings."""
+    return OPTIMIZERS[name or config.optimizer].make(config, model, codec, config.seed if seed is None else seed)
 
 
 def sgd(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -67,23 +69,23 @@ def _layerwise(config: Config, codec: str | None) -> dict[str, Any]:
     return _inverted(config, codec) | sides
 
 
-def _foof(config: Config, model: nn.Module, codec: str | None) -> SecondOrder:
+def _foof(config: Config, model: nn.Module, codec: str | None, seed: int) -> SecondOrder:
     return FOOF(model, **_layerwise(config, codec))
 
 
-def _kfac(config: Config, model: nn.Module, codec: str | None) -> SecondOrder:
-    return KFAC(model, fisher=config.fisher, seed=config.seed, **_layerwise(config, codec))
+def _kfac(config: Config, model: nn.Module, codec: str | None, seed: int) -> SecondOrder:
+    return KFAC(model, fisher=config.fisher, seed=seed, **_layerwise(config, codec))
 
 
-def _sophia(config: Config, model: nn.Module, codec: str | None) -> SecondOrder:
-    return Sophia(model, gamma=config.sophia_gamma, seed=config.seed, **_steps(config, codec))
+def _sophia(config: Config, model: nn.Module, codec: str | None, seed: int) -> SecondOrder:
+    return Sophia(model, gamma=config.sophia_gamma, seed=seed, **_steps(config, codec))
 
 
-def _ltda(config: Config, model: nn.Module, codec: str | None) -> SecondOrder:
+def _ltda(config: Config, model: nn.Module, codec: str | None, seed: int) -> SecondOrder:
     return LTDA(model, **_inverted(config, codec))
 
 
-def _newton(config: Config, model: nn.Module, codec: str | None) -> SecondOrder:
+def _newton(config: Config, model: nn.Module, codec: str | None, seed: int) -> SecondOrder:
     return Newton(model, max_factor_side=config.max_factor_side, **_inverted(config, codec))
 
 

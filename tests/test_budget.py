@@ -90,6 +90,18 @@ def test_two_factors_have_their_first_eigenvectors_before_either_has_many(sides:
         assert sent is not None
 
 
+def test_of_two_factors_with_one_spectrum_the_cheaper_vectors_come_first() -> None:
+    spectrum = torch.tensor([1.0, 0.9, 0.8])
+    short, long = (torch.diag(torch.cat([spectrum, torch.zeros(side - 3)])) for side in (30, 300))
+    layer = LayerCurvature(Block("l", ("w",)), Kronecker(long, short), 0.0)
+    made = [offer.make().codecs for offer in budget._offers(layer, 30000)[:3]]
+    assert [(codecs["left"], codecs["right"]) for codecs in made] == [
+        ("spectral-1", "spectral-1"),
+        ("spectral-1", "spectral-2"),
+        ("spectral-1", "spectral-3"),
+    ]
+
+
 NAMES = st.text(max_size=12)
 
 

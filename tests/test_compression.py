@@ -30,6 +30,7 @@ from fedpm_flwr.tasks import build_model
 from fedpm_flwr.wire import Packed, decode, encode, pack_layers
 from fedpm_flwr.wire.positions import Positions, nearest_product
 from fedpm_flwr.wire.rounded_factor import unit_cholesky
+from fedpm_flwr.wire.values import Int8Columns
 
 from .helpers import CODECS, relative_error, spd
 
@@ -286,6 +287,18 @@ def test_positions_are_as_near_at_any_scale(scale: float) -> None:
 
     assert sent(matrix).trace() > 0.5 * matrix.trace()
     torch.testing.assert_close(sent(matrix * scale) / scale, sent(matrix), rtol=0.03, atol=1e-2)
+
+
+def test_positions_of_inputs_that_are_always_0() -> None:
+    layer = LayerCurvature(BLOCK, KroneckerRight(torch.zeros(36, 36)), 1.0)
+    (sent,) = pack_layers([layer], "positions", {"weight": torch.empty(3, 4, 3, 3)})
+    assert not as_matrix(sent.curvature, 36).any()
+
+
+def test_what_stands_for_a_number_is_one_of_127_on_either_side() -> None:
+    """Also where their unit is so small that float32 has few digits left of it."""
+    part = torch.tensor([[2e-43], [-2e-43], [1e-43]])
+    assert Int8Columns().pack(part)["values"].flatten().tolist() in ([127, -127, n] for n in range(30, 128))
 
 
 def test_groups_are_rounded_each_in_its_own_unit() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import simulation
 from benchmarks.compare import Rounds
-from benchmarks.simulation import config_of, main, make_data, measure
+from benchmarks.simulation import config_of, main, make_data, measure, row_of
 
 
 def test_every_client_has_examples(tmp_path: Path) -> None:
@@ -25,9 +25,11 @@ def test_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     monkeypatch.setattr(simulation, "run_on_ray", lambda configs, nodes: {c.output: rounds for c in configs})
     config = config_of("fedpm", 6, 3, make_data(tmp_path), tmp_path / "run")
-    row = measure(config, "fedpm", 6)
+    run = measure(config, 6)
+    assert (run["first_round"], run["round_seconds"]) == (9, 3)
+    row = row_of(config, [{"seconds": seconds} for seconds in (40.0, 30.0, 31.0)], 6)
     assert (row["clients"], row["method"], row["codec"]) == (6, "fedpm", "triangle-float32")
-    assert (row["first_round"], row["round_seconds"]) == (9, 3)
+    assert (row["seconds"], row["range_seconds"]) == (31, 10)
     assert isinstance(row["work_seconds"], float)
     assert 0 < row["work_seconds"] < 60
 
@@ -37,8 +39,9 @@ def test_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--methods", "fedsgd"], "algorithm='fedsgd' is not allowed"),
         (["--methods", "fedpm:zip"], "unknown codec 'zip'"),
-        (["--clients", "ten"], "--clients and --rounds are whole numbers; allowed: >= 1 clients, >= 2 rounds"),
-        (["--rounds", "1"], "--clients and --rounds are whole numbers; allowed: >= 1 clients, >= 2 rounds"),
+        (["--clients", "ten"], "--clients, --rounds and --repeats are whole numbers; allowed: >= 1"),
+        (["--rounds", "1"], "--clients, --rounds and --repeats are whole numbers; allowed: >= 1, but >= 2 rounds"),
+        (["--repeats", "0"], "--clients, --rounds and --repeats are whole numbers; allowed: >= 1"),
     ],
 )
 def test_arguments_that_make_no_sense(

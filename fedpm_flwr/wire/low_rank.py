@@ -36,8 +36,7 @@ class Spectral:
             return prefixed(FLOOR, self._floor.pack(diagonal))
         values, vectors = leading(part, self.rank)
         others = max(part.shape[-1] - self.rank, 1)
-        rest = (diagonal.double().sum(-1) - values.double().sum(-1)).to(values) / others
-        rest = rest.clamp(min=0)[..., None]
+        rest = ((diagonal.sum(-1) - values.sum(-1)) / others).clamp(min=0)[..., None]
         # An eigenvector's sign is the library's whim: the largest number of each is to be positive.
         signs = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)).sign()
         basis = vectors * signs * (values - rest).clamp(min=0).sqrt()[..., None, :]
