@@ -28,6 +28,7 @@ from fedpm_flwr.curvature.linalg import leading
 from fedpm_flwr.optim import FOOF, KFAC, SecondOrder, Sophia
 from fedpm_flwr.tasks import build_model
 from fedpm_flwr.wire import Packed, decode, encode, pack_layers
+from fedpm_flwr.wire.compression import by_dtype
 from fedpm_flwr.wire.positions import Positions, nearest_product
 from fedpm_flwr.wire.rounded_factor import unit_cholesky
 from fedpm_flwr.wire.values import Int8Columns
@@ -293,6 +294,18 @@ def test_positions_of_inputs_that_are_always_0() -> None:
     layer = LayerCurvature(BLOCK, KroneckerRight(torch.zeros(36, 36)), 1.0)
     (sent,) = pack_layers([layer], "positions", {"weight": torch.empty(3, 4, 3, 3)})
     assert not as_matrix(sent.curvature, 36).any()
+
+
+def test_a_vector_of_a_new_kind_travels_number_by_number() -> None:
+    """It has no columns to be rounded in."""
+
+    class New(LowRank):
+        positive = frozenset()
+
+    assert by_dtype(New(torch.ones(3), torch.ones(3, 1)), "int8") == {
+        "floor": "values-bfloat16",
+        "basis": "columns-int8",
+    }
 
 
 def test_what_stands_for_a_number_is_one_of_127_on_either_side() -> None:
