@@ -1,12 +1,11 @@
 """The application's client: wiring only."""
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from torch import nn
+from torch import Tensor
+from torch.utils.data import Subset
 
 from fedpm_flwr import messages
 from fedpm_flwr.algorithms import get_algorithm
@@ -14,9 +13,13 @@ from fedpm_flwr.config import Config
 from fedpm_flwr.method import Job
 from fedpm_flwr.packing import packed_arrays
 from fedpm_flwr.state import ClientState
-from fedpm_flwr.tasks import build_model, client_data, load_dataset
+from fedpm_flwr.tasks import Examples, Form, build_model, client_data, site_data
 from fedpm_flwr.training import derive_seed, evaluate, loader, pick_device, reproducible
 
+DATA_PATH = "data-path"
+"""In a node's configuration: its site's own data; absent: its partition of ``dataset``."""
+
+Example = tuple[Tensor, Tensor]
 app = ClientApp(mods=[packed_arrays])
 
 
@@ -45,19 +48,26 @@ def evaluate_global_model(message: Message, context: Context) -> Message:
 
 @app.query(messages.PARTITION_ACTION)
 def partition(message: Message, context: Context) -> Message:
-    """Say which partition this node holds."""
+    """Say which partition this node holds; an error if its site's data cannot be read."""
+    if DATA_PATH in context.node_config:
+        site_data(str(context.node_config[DATA_PATH]))
     return messages.partition_reply(message, context)
 
 
 def _job(config: Config, message: Message, context: Context, device: torch.device, seed: int) -> Job:
     """The request with what it takes to answer it."""
-    partition, partitions = messages.partition_of(context)
-    data = client_data(config, partition, partitions)
-    batches = loader(client_data(config, partition, partitions, augment=config.augment), config.batch_size, seed)
+    form = Form.from_text(messages.asked(message, messages.FORM) or "")
+    data, augmented = (_data(config, context, form, augment=augment) for augment in (False, config.augment))
+    batches = loader(augmented, config.batch_size, seed)
+    model = build_model(config.model, form.input_shape, form.classes, config.seed, form.input_dtype)
+    model.to(getattr(torch, config.dtype))
+    model.load_state_dict(message.content.array_records[messages.ARRAYS].to_torch_state_dict())
+    experiment = messages.asked(message, messages.EXPERIMENT) or "unnamed"
+    client = f"partition-{messages.partition_of(context)[0]}"
     return Job(
         config=config,
         request=message,
-        model=_global_model(config, message).to(device),
+        model=model.to(device),
         batches=batches,
         whole=loader(data, config.batch_size),
         examples=len(data),
@@ -65,18 +75,12 @@ def _job(config: Config, message: Message, context: Context, device: torch.devic
         loss=F.cross_entropy,
         device=device,
         seed=seed,
-        state=_state(config, message, partition),
+        state=ClientState(messages.state_folder(context), experiment, client),
     )
 
 
-def _global_model(config: Config, message: Message) -> nn.Module:
-    split = load_dataset(config.dataset, config.max_train_examples)
-    model = build_model(config.model, split.input_shape, split.classes, config.seed, split.input_dtype)
-    model.to(getattr(torch, config.dtype))
-    model.load_state_dict(message.content.array_records[messages.ARRAYS].to_torch_state_dict())
-    return model
-
-
-def _state(config: Config, message: Message, partition: int) -> ClientState:
-    folder = Path(config.state_folder) if config.state_folder else None
-    return ClientState(folder, messages.asked(message, messages.EXPERIMENT) or "unnamed", f"partition-{partition}")
+def _data(config: Config, context: Context, form: Form, *, augment: bool) -> Examples | Subset[Example]:
+    if DATA_PATH not in context.node_config:
+        return client_data(config, *messages.partition_of(context), augment=augment)
+    examples = site_data(str(context.node_config[DATA_PATH]), form).first(config.max_train_examples)
+    return examples.augmented() if augment else examples

@@ -1,17 +1,18 @@
 """The application's server: wiring only."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
-from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
+from fedpm_flwr import messages
 from fedpm_flwr.algorithms import get_algorithm, settings_without_effect
+from fedpm_flwr.checkpointed import Checkpointed
 from fedpm_flwr.config import Config
 from fedpm_flwr.grids import UplinkMeter
 from fedpm_flwr.packing import PackedGrid
-from fedpm_flwr.report import SPREAD, RunReport, spread
+from fedpm_flwr.recorder import Recorder
+from fedpm_flwr.report import RunReport
 from fedpm_flwr.reproducible import PartitionOrderedGrid
 from fedpm_flwr.tasks import build_model, distance, load_dataset, load_reference, load_weights
 from fedpm_flwr.training import evaluate, loader, pick_device, reproducible
@@ -39,44 +40,42 @@ def main(grid: Grid, context: Context) -> None:
     meter = UplinkMeter(grid)
     packed = PackedGrid(meter, config.update) if config.packed_arrays else meter
     ordered = PartitionOrderedGrid(packed, config.seed)
-    from_clients: dict[str, int | float] = {}
+    strategy = get_algorithm(config.algorithm).strategy(config)
+    recorder = Recorder(report, meter, strategy)
+    start = strategy.start
+    if config.checkpoint_every or config.resume:
+        checkpointed = Checkpointed(
+            strategy,
+            report.folder / "checkpoints",
+            every=config.checkpoint_every or config.num_server_rounds,
+            keep=config.checkpoint_keep,
+            resume=f"{config.resume}/checkpoints" if config.resume else None,
+            settings=config.to_run_config(),
+        )
+        if checkpointed.resumed:
+            report.say(f"taken up after round {checkpointed.resumed.server_round} of {config.resume}")
+            for line in config.changed_since(checkpointed.resumed.settings):
+                report.say(line)
+            model.load_state_dict(checkpointed.resumed.arrays.to_torch_state_dict())
+            recorder.restore(checkpointed.resumed.history.evaluate_metrics_serverapp)
+        start = checkpointed.start
 
     def evaluate_global_model(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
         loss, accuracy = evaluate(model, test_batches, F.cross_entropy, device)
         tested = {"test-accuracy": accuracy, "test-loss": loss}
-        sent = meter.bytes - sum(int(row["uplink-bytes"]) for row in report.rows)
         if reference is not None:
             tested["distance"] = distance(model, reference)
-        report.add_round(server_round, {"clients": 0} | from_clients | tested | {"uplink-bytes": sent})
-        from_clients.clear()
-        return MetricRecord({**tested})
+        return recorder.end_round(server_round, tested)
 
-    strategy = get_algorithm(config.algorithm).strategy(config)
-    average = strategy.train_metrics_aggr_fn
-
-    def note_training(replies: list[RecordDict], weighted_by: str) -> MetricRecord:
-        averaged = average(replies, weighted_by)
-        from_clients.update(_numbers(averaged))
-        for name in ("train", "personal"):
-            from_clients.update(_spread(replies, f"{name}-accuracy", max) | _spread(replies, f"{name}-loss", min))
-        from_clients["clients"] = len(replies)
-        return averaged
-
-    def note_evaluation(replies: list[RecordDict], weighted_by: str) -> MetricRecord:
-        averaged = average(replies, weighted_by)
-        from_clients.update(_numbers(averaged))
-        for name in ("client", "personal"):
-            from_clients.update(_spread(replies, f"{name}-accuracy", max) | _spread(replies, f"{name}-loss", min))
-        return averaged
-
-    strategy.train_metrics_aggr_fn, strategy.evaluate_metrics_aggr_fn = note_training, note_evaluation
     try:
         with reproducible(config.seed, config.threads, device):
-            result = strategy.start(
+            result = start(
                 grid=ordered,
                 initial_arrays=ArrayRecord(model.state_dict()),
                 num_rounds=config.num_server_rounds,
+                train_config=ConfigRecord({messages.FORM: split.form.to_text()}),
+                evaluate_config=ConfigRecord({messages.FORM: split.form.to_text()}),
                 evaluate_fn=evaluate_global_model,
             )
         if not result.arrays:
@@ -85,15 +84,3 @@ def main(grid: Grid, context: Context) -> None:
         report.save(model.state_dict())
         raise
     report.finish(model.state_dict())
-
-
-def _numbers(record: MetricRecord) -> dict[str, int | float]:
-    """What is one number, and not under a name of ours."""
-    ours = tuple(f"-{which}" for which in SPREAD)
-    return {k: v for k, v in record.items() if not (isinstance(v, list) or k.endswith(ours))}
-
-
-def _spread(replies: list[RecordDict], name: str, best: Callable[[list[float]], float]) -> dict[str, float]:
-    """The worst, median and best client's, where all clients tell it."""
-    values = [_numbers(record).get(name) for reply in replies for record in reply.metric_records.values()]
-    return spread(name, [value for value in values if value is not None], best)

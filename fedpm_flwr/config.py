@@ -33,7 +33,7 @@ ALGORITHMS = (
     "fedsophia",
 )
 DATASETS = ("digits", "breast-cancer", "cifar10", "cifar100", "mnist", "fashion-mnist")
-FILES = ("npz:", "libsvm:", "text:")
+FILES = ("npz:", "libsvm:", "text:", "folder:")
 """What a dataset may start with instead; an absolute path follows."""
 MODELS = ("cnn", "linear", "logistic", "mlp", "lenet", "resnet18-gn", "vit", "char-lm")
 PARTITIONS = ("dirichlet", "iid", "contiguous")
@@ -176,7 +176,10 @@ class Config:
     dtype: str = _setting("float32", "of the model; float64 is for small convex problems", choices=DTYPES)
     threads: int = _setting(1, "torch threads of a client and of the server", low=1)
     state_folder: str = _setting("", "absolute folder of what clients keep between rounds; empty: a temporary one")
-    output: str = _setting("", "absolute folder for results; empty: runs/<date-time>-<algorithm>")
+    checkpoint_every: int = _setting(0, "rounds between two checkpoints of the server, in output; 0: none", low=0)
+    checkpoint_keep: int = _setting(3, "how many checkpoints are kept", low=1)
+    resume: str = _setting("", "absolute output folder of a run that broke off, to go on with")
+    output: str = _setting("", "absolute folder for results; empty: resume's, or runs/<date-time>-<algorithm>")
 
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(self):
@@ -185,7 +188,7 @@ class Config:
             object.__setattr__(self, setting.name, value)
         if self.update != "none" and not self.packed_arrays:
             raise ConfigError(f"update={self.update!r} needs packed-arrays=true")
-        for key in ("output", "initial_model", "reference_model", "state_folder", "dataset"):
+        for key in ("output", "resume", "initial_model", "reference_model", "state_folder", "dataset"):
             value = getattr(self, key)
             path = value.partition(":")[2] if key == "dataset" else value
             if path and not Path(path).is_absolute():
@@ -206,6 +209,15 @@ class Config:
         if unknown:
             raise ConfigError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(types)}")
         return cls(**{types[key].name: run_config[key] for key in run_config})
+
+    def changed_since(self, before: Mapping[str, Any]) -> list[str]:
+        """A line for each setting that is not as it was, where that is not the point of taking a run up again."""
+        now = self.to_run_config()
+        return [
+            f"{key}={now[key]!r}, where the run had {before[key]!r}"
+            for key in before
+            if key in now and now[key] != before[key] and key not in ("output", "resume", "num-server-rounds")
+        ]
 
     def check_nodes(self, nodes: int) -> None:
         """Raises ConfigError if so few nodes can never make a round of this configuration."""

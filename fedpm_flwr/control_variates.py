@@ -6,7 +6,7 @@ always belongs together, and costs no exchange of its own. docs/algorithm.md der
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -73,8 +73,10 @@ class Variates:
 
     def __init__(self, folder: Path | None, run: str) -> None:
         self._folder, self.run = folder, run
-        self._newest: dict[int, tuple[int, float]] = {}  # by node: round and weight
+        self.newest: dict[int, tuple[int, float]] = {}
+        """By client: the round of its cᵢ, and wᵢ."""
         self._added: dict[int, tuple[int, float]] = {}
+        self._resumable: int | None = None
 
     def mean(self) -> dict[str, Tensor]:
         """c = Σ wᵢcᵢ / Σ wᵢ, by parameter name; empty: no client has been seen.
@@ -87,42 +89,51 @@ class Variates:
 
     def _readable(self) -> Iterator[tuple[float, dict[str, Tensor]]]:
         """wᵢ and cᵢ, one after another: all of them together may be more than fits in memory."""
-        for node, (number, weight) in list(self._newest.items()):
-            variate = self._state(node).load(number)
+        for client, (number, weight) in list(self.newest.items()):
+            variate = self._state(client).load(number)
             if variate:
                 yield weight, variate
             else:
-                del self._newest[node]
+                del self.newest[client]
 
-    def requests(self, requests: Iterable[Message], dtypes: Mapping[str, torch.dtype]) -> list[Message]:
-        """The requests with c in the model's dtypes, and the round of the cᵢ that it counts for each node."""
-        self._added = {}
+    def requests(
+        self,
+        requests: Iterable[Message],
+        dtypes: Mapping[str, torch.dtype],
+        client_of: Callable[[int], int],
+        resumable: int | None = None,
+    ) -> list[Message]:
+        """The requests with c in the model's dtypes, and the round of the cᵢ that it counts for each client.
+
+        ``client_of``: which client a node is; ``resumable``: as for ``ClientState.save``.
+        """
+        self._added, self._resumable = {}, resumable
         common = as_record(self.mean(), dtypes)
         return [
-            with_extra(request, common, {VARIATE_ROUND: self._newest[node][0]})
-            if node in self._newest
+            with_extra(request, common, {VARIATE_ROUND: self.newest[client][0]})
+            if client in self.newest
             else request
             for request in requests
-            for node in [request.metadata.dst_node_id]
+            for client in [client_of(request.metadata.dst_node_id)]
         ]
 
-    def add(self, node: int, server_round: int, variate: Mapping[str, Tensor], weight: float) -> None:
+    def add(self, client: int, server_round: int, variate: Mapping[str, Tensor], weight: float) -> None:
         """Write a client's new cᵢ to disk; if that fails, its last one stands, and the log says so."""
         try:
-            counted, _ = self._newest.get(node, (None, 0.0))
-            self._state(node).save(server_round, variate, counted)
+            counted, _ = self.newest.get(client, (None, 0.0))
+            self._state(client).save(server_round, variate, counted, self._resumable)
         except OSError as error:
             _log.warning("a control variate could not be written, the client's last one stands: %s", error)
             return
-        self._added[node] = server_round, weight
+        self._added[client] = server_round, weight
 
     def commit(self) -> None:
         """Let the cᵢ that were added replace those before them."""
-        self._newest |= self._added
+        self.newest |= self._added
         self._added = {}
 
-    def _state(self, node: int) -> ClientState:
-        return ClientState(self._folder, self.run, f"server-{node}")
+    def _state(self, client: int) -> ClientState:
+        return ClientState(self._folder, self.run, f"server-{client}")
 
 
 def as_record(common: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> ConfigRecord:

@@ -4,7 +4,7 @@ import copy
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -15,10 +15,8 @@ from torch import Tensor
 from . import messages
 from .grids import StreamingGrid
 from .replies import ReplyError, Update, read_metrics, read_update, with_common_metrics
-from .report import PREFIX
+from .report import PREFIX, one_line
 
-_MAX_REASON = 300
-"""Longest reason that a warning repeats: part of it may be a stranger's text."""
 _EXCHANGE_TIMEOUT_S = 3600.0
 """As Flower's own for a round."""
 _log = logging.getLogger("flwr")
@@ -49,6 +47,9 @@ class Guarded(FedAvg):
         ValueError: naming the argument and what is allowed.
     """
 
+    memory: ClassVar[tuple[str, ...]] = ()
+    """The attributes, beside Guarded's own, that later rounds need and a checkpoint has to hold."""
+
     def __init__(self, *, min_replies: int = 1, max_failed_rounds: int = 3, **strategy: Any) -> None:
         super().__init__(**strategy)
         for name, value in (("min_replies", min_replies), ("max_failed_rounds", max_failed_rounds)):
@@ -61,6 +62,8 @@ class Guarded(FedAvg):
         self._theta: dict[str, Tensor] = {}
         self.experiment = ""
         """A name of the run, by which clients keep their state; another one in every run."""
+        self.resumable: int | None = None
+        """The oldest round that the run may be taken up after again: clients keep their states of then."""
         self._asked = False
         self._partition_of: Callable[[int], int | None] = _unknown
 
@@ -142,6 +145,28 @@ class Guarded(FedAvg):
             _log.warning("%sround %d: metrics could not be aggregated: %r", PREFIX, server_round, error)
             return None
 
+    def remembered(self) -> dict[str, Any]:
+        """What later rounds need: numbers, text, bytes, tensors, Flower's records, and lists and dicts of them."""
+        return {"experiment": self.experiment, "failed_rounds": self.failed_rounds} | {
+            name: getattr(self, name) for name in self.memory
+        }
+
+    def recall(self, remembered: Mapping[str, Any]) -> None:
+        """Go on from what another strategy of this kind has remembered.
+
+        Raises:
+            ValueError: it was of another kind.
+        """
+        if set(remembered) != set(self.remembered()):
+            raise ValueError(f"it remembers {sorted(remembered)}, not {sorted(self.remembered())}")
+        for name in ("experiment", "failed_rounds", *self.memory):
+            setattr(self, name, remembered[name])
+
+    def client_of(self, node: int) -> int:
+        """By what a client is known through the run: its partition, which outlives its node; else its node."""
+        partition = self._partition_of(node)
+        return node if partition is None else partition
+
     def read(self, reply: Message) -> Update:
         """The checked update in a training reply.
 
@@ -177,7 +202,10 @@ class Guarded(FedAvg):
             del reply
 
     def _named(self, config: ConfigRecord) -> ConfigRecord:
-        return ConfigRecord({**config, messages.EXPERIMENT: self.experiment or "unnamed"})
+        named = ConfigRecord({**config, messages.EXPERIMENT: self.experiment or "unnamed"})
+        if self.resumable is not None:
+            named[messages.RESUMABLE] = self.resumable
+        return named
 
     def _as_sent(self, arrays: ArrayRecord) -> ArrayRecord:
         """The aggregate in θ's dtypes: averaging makes floats of integers."""
@@ -201,7 +229,7 @@ class Guarded(FedAvg):
         node = reply.metadata.src_node_id
         partition = self._partition_of(node)
         place = f"node {node}" if partition is None else f"node {node} (partition {partition})"
-        _log.warning("%sround %d: left out the %s of %s: %s", PREFIX, server_round, what, place, _one_line(error))
+        _log.warning("%sround %d: left out the %s of %s: %s", PREFIX, server_round, what, place, one_line(error))
 
 
 def with_extra(
@@ -258,12 +286,6 @@ def _with_content(reply: Message, content: RecordDict) -> Message:
     changed = copy.copy(reply)
     changed.content = content
     return changed
-
-
-def _one_line(error: ReplyError) -> str:
-    """The reason on one line, and no longer than anybody reads."""
-    text = "".join(letter if letter.isprintable() else " " for letter in str(error)[: _MAX_REASON + 1])
-    return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]} …"
 
 
 def _unknown(node: int) -> int | None:

@@ -7,6 +7,7 @@ ClientApp is LocalNewton under FedAvg and FedPM under FedPM.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -31,6 +32,10 @@ CURVATURE_CODEC = "curvature-codec"
 """In the request's config: the codec that curvature shall travel in; absent: send none."""
 EXPERIMENT = "experiment"
 """In the request's config: a name that no other run has, by which clients keep their state."""
+RESUMABLE = "resumable-round"
+"""In the request's config: the oldest round that the run may be taken up after again; absent: none."""
+FORM = "form"
+"""In the request's config: what the model's inputs look like, and how many classes there are."""
 PHASE = "phase"
 """In the request's config, where a round has several exchanges: which one; absent: ``TRAIN``."""
 TRAIN = "train"
@@ -44,6 +49,8 @@ DIVERGED = "diverged"
 
 PARTITION_ID = "partition-id"
 NUM_PARTITIONS = "num-partitions"
+STATE_FOLDER = "state-folder"
+"""In a node's configuration, or else in the run's: an absolute folder."""
 PARTITION_QUERY = "query.partition"
 PARTITION_ACTION = "partition"
 
@@ -71,6 +78,12 @@ def server_round_of(request: Message) -> int:
         if isinstance(number, int):
             return number
     raise ValueError(f"the request names no {SERVER_ROUND!r} as a whole number")
+
+
+def resumable_round(request: Message) -> int | None:
+    """The oldest round after which the run may be taken up again, if any."""
+    value = asked(request, RESUMABLE)
+    return None if value is None else int(value)
 
 
 def asked(request: Message, key: str) -> str | None:
@@ -142,6 +155,18 @@ def partition_of(context: Context) -> tuple[int, int]:
             f"from 0 and below the second; got {dict(context.node_config)}"
         )
     return partition, count
+
+
+def state_folder(context: Context) -> Path | None:
+    """Where this node keeps what lasts from round to round: as its site says, or the run; None: the default.
+
+    Raises:
+        ValueError: it is not an absolute path.
+    """
+    named = str(context.node_config.get(STATE_FOLDER) or context.run_config.get(STATE_FOLDER) or "")
+    if named and not Path(named).is_absolute():
+        raise ValueError(f"{STATE_FOLDER}={named!r:.200} is not an absolute path")
+    return Path(named) if named else None
 
 
 def partition_reply(request: Message, context: Context) -> Message:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from . import messages
@@ -92,13 +92,21 @@ class Job:
             return {}
         return {key: value.to(self.device) for key, value in read_tensors(self.request.content).items()}
 
+    def newest_state(self) -> dict[str, Tensor]:
+        """What was kept last, in a round before this one; an evaluation counts as after its round.
+
+        There may be states of later rounds, of a run that broke off and was taken up at an earlier round.
+        """
+        is_train = self.request.metadata.message_type.split(".")[0] == MessageType.TRAIN
+        return self.state.load(before=self.server_round + (not is_train))
+
     def keep(self, tensors: Mapping[str, Tensor], counted: int | None = None) -> None:
         """Keep these tensors for later rounds; a disk that cannot take them costs the state, not the reply.
 
         ``counted``: the round whose state the server still counts on, until it counts this one's.
         """
         try:
-            self.state.save(self.server_round, tensors, counted)
+            self.state.save(self.server_round, tensors, counted, messages.resumable_round(self.request))
         except OSError as error:
             _log.warning("client state could not be written, later rounds go on without it: %s", error)
 

@@ -19,7 +19,6 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +29,7 @@ from flwr.common.constant import ErrorCode, SType
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from . import messages
 from .config import UPDATES
 from .grids import WrappedGrid
 from .state import ClientState
@@ -41,7 +41,6 @@ _LAYOUTS, _UPDATE = "layouts", "update"
 _HINT = "the ClientApp needs mods=[fedpm_flwr.packing.packed_arrays]"
 _KEY = "{} arrays, packed by fedpm-flwr: " + _HINT
 """The name of a packed Array. It is what a ClientApp without the mod will complain of."""
-_STATE_FOLDER = "state-folder"
 _KINDS = "biufc"
 """Of NumPy's dtypes: numbers."""
 _FLOATS = (np.dtype("float16"), np.dtype("float32"), np.dtype("float64"))
@@ -149,7 +148,7 @@ def packed_arrays(message: Message, context: Context, call_next: ClientAppCallab
         return _with_content(reply, _pack(reply.content, {}))
     # What is added to a clipped change is no longer within the bound.
     clipped = any(_CLIPPED in config for config in request.content.config_records.values())
-    kept = None if clipped else _feedback(context)
+    kept = None if clipped else _Feedback(request, context)
     return _with_content(reply, _pack_changes(reply.content, before, update, kept))
 
 
@@ -167,7 +166,7 @@ def _pack(content: RecordDict, packed: dict[int, _Lined | None], update: str = "
     return _with_lined(content, lined, update)
 
 
-def _pack_changes(content: RecordDict, request: RecordDict, update: str, kept: ClientState | None) -> RecordDict:
+def _pack_changes(content: RecordDict, request: RecordDict, update: str, kept: "_Feedback | None") -> RecordDict:
     """The content with what has changed since the request in few bits; what they leave out is ``kept``."""
     left = kept.load() if kept else {}
     lined, rest = {}, dict(left)
@@ -182,7 +181,7 @@ def _pack_changes(content: RecordDict, request: RecordDict, update: str, kept: C
         lined[name] = _line_up(parts) if parts else None
     try:
         if kept and lined:
-            kept.save(0, rest)  # in place of the last
+            kept.save(rest)
     except OSError as error:
         _log.warning("what rounding leaves out of a change could not be kept, and is lost: %s", error)
     return _with_lined(content, lined)
@@ -320,7 +319,27 @@ def _failed(message: Message, reason: str) -> Message:
     return changed
 
 
-def _feedback(context: Context) -> ClientState:
-    """Where a node keeps what rounding left out."""
-    folder = str(context.run_config.get(_STATE_FOLDER, ""))
-    return ClientState(Path(folder) if folder else None, f"feedback-{context.run_id}", f"node-{context.node_id}")
+class _Feedback:
+    """What rounding has left out of a node's changes so far.
+
+    The newest is kept, in place of the last; in a run that may be taken up again, where all nodes and the run
+    have new IDs, that of each round which it may be taken up after, under the names that stay.
+    """
+
+    def __init__(self, request: Message, context: Context) -> None:
+        folder = messages.state_folder(context)
+        run, client = str(context.run_id), f"node-{context.node_id}"
+        self._number, self._resumable = 0, messages.resumable_round(request)
+        self._before: int | None = None
+        if self._resumable is not None:
+            run = messages.asked(request, messages.EXPERIMENT) or run
+            if messages.PARTITION_ID in context.node_config:
+                client = f"partition-{context.node_config[messages.PARTITION_ID]}"
+            self._number = self._before = messages.server_round_of(request)
+        self._state = ClientState(folder, f"feedback-{run}", client)
+
+    def load(self) -> dict[str, Tensor]:
+        return self._state.load(before=self._before)
+
+    def save(self, left_out: Mapping[str, Tensor]) -> None:
+        self._state.save(self._number, left_out, resumable=self._resumable)

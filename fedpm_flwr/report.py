@@ -1,8 +1,10 @@
 """What a run tells while it goes, and leaves behind: lines, tables, the model, a plot."""
 
 import csv
+import io
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +22,8 @@ PREFIX = "fedpm | "
 """Starts every line that a run prints, so that it can be told from Flower's own."""
 
 _MEGABYTE = 1e6
+_MAX_REASON = 300
+"""Longest reason that a warning repeats: part of it may be a stranger's text."""
 Row = dict[str, int | float]
 
 
@@ -40,8 +44,8 @@ class RunReport:
         self._started = self._round_started = time.monotonic()
         self.say(f"{config.algorithm} on {config.dataset}, {config.num_server_rounds} rounds -> {self.folder}")
 
-    def add_round(self, server_round: int, metrics: Mapping[str, int | float]) -> None:
-        """Keep and print one round's metrics; round 0 is the initial model.
+    def add_round(self, server_round: int, metrics: Mapping[str, int | float]) -> Row:
+        """Keep and print one round's metrics, and return them as a row; round 0 is the initial model.
 
         ``metrics`` must hold test-accuracy, test-loss, clients (how many replies were used) and
         uplink-bytes (of all of these together).
@@ -52,6 +56,7 @@ class RunReport:
         self.rows.append(row)
         self._write_rows()
         self.say(self._line(row))
+        return row
 
     def save(self, state: "Mapping[str, Tensor]") -> None:
         """Write the model and the plot, as they are now."""
@@ -85,11 +90,12 @@ class RunReport:
 
     def _write_rows(self) -> None:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        with (self.folder / "metrics.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        (self.folder / "metrics.json").write_text(json.dumps([_finite(row) for row in self.rows], indent=1))
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, columns)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        _replace(self.folder / "metrics.csv", table.getvalue())
+        _replace(self.folder / "metrics.json", json.dumps([_finite(row) for row in self.rows], indent=1))
 
     def _line(self, row: Row) -> str:
         rounds = self._config.num_server_rounds
@@ -104,6 +110,19 @@ class RunReport:
             f"{row['seconds']:.1f} s",
         ]
         return "  ".join(parts if left is None else [*parts, f"{left:.0f} s left"])
+
+
+def one_line(reason: object) -> str:
+    """A reason on one line, and no longer than anybody reads."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(reason)[: _MAX_REASON + 1])
+    return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]} …"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that is never seen half written."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8", newline="")
+    os.replace(part, path)
 
 
 def _finite(row: Row) -> dict[str, int | float | None]:
@@ -183,6 +202,6 @@ def _with_uplink(rows: Sequence[Row]) -> list[Row]:
 
 
 def _folder(config: Config) -> Path:
-    if config.output:
-        return Path(config.output)
+    if config.output or config.resume:
+        return Path(config.output or config.resume)
     return Path.cwd() / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{config.algorithm}"

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from . import messages
 from .grids import StreamingGrid, WrappedGrid
-from .report import PREFIX
+from .report import PREFIX, one_line
 
 _QUERY_TIMEOUT_S = 600.0
 _MAX_TRIES = 3
@@ -33,7 +33,8 @@ class PartitionOrderedGrid(WrappedGrid):
     def __init__(self, grid: Grid, seed: int) -> None:
         super().__init__(grid)
         self._seed = seed
-        self._exchanges = 0
+        self.exchanges = 0
+        """How many there have been; a run that is taken up again counts on."""
         self._partitions: dict[int, int] = {}
         self._tries: Counter[int] = Counter()
 
@@ -44,7 +45,7 @@ class PartitionOrderedGrid(WrappedGrid):
         """All nodes in the order of their partitions; seeds Python's global generator."""
         nodes = list(self.inner.get_node_ids())
         self._ask([n for n in nodes if n not in self._partitions and self._tries[n] < _MAX_TRIES])
-        random.seed(f"{self._seed}/{self._exchanges}")
+        random.seed(f"{self._seed}/{self.exchanges}")
         return sorted(nodes, key=self._place)
 
     def partition_of(self, node: int) -> int | None:
@@ -52,7 +53,7 @@ class PartitionOrderedGrid(WrappedGrid):
         return self._partitions.get(node)
 
     def outgoing(self, messages: Iterable[Message]) -> Iterable[Message]:
-        self._exchanges += 1
+        self.exchanges += 1
         return messages
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
@@ -77,6 +78,9 @@ class PartitionOrderedGrid(WrappedGrid):
                 answer = metrics.get(messages.PARTITION_ID)
                 if isinstance(answer, int):
                     self._partitions[reply.metadata.src_node_id] = answer
+            else:
+                node, reason = reply.metadata.src_node_id, one_line(reply.error.reason)
+                _log.warning("%snode %d does not say its partition: %s", PREFIX, node, reason)
         self._warn(nodes)
 
     def _warn(self, nodes: list[int]) -> None:

@@ -10,20 +10,17 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .wire import own_copies
+from .durable import SUFFIX, DamagedFileError, read_tensors, write_tensors
 
-_FORMAT, _VERSION = "fedpm-flwr client state", "1"
+_KIND = {"format": "fedpm-flwr client state", "version": "1"}
 _KEPT_ROUNDS = 2
 """The newest, and the one before it, which the server still counts on if the newest reply was lost."""
 _KEPT_RUNS = 8
 _MARK = ".fedpm-flwr-run"
 """An empty file in each run's folder."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_SUFFIX = ".safetensors"
 _log = logging.getLogger("flwr")
 
 
@@ -36,9 +33,9 @@ class ClientState:
     """Named tensors of one client in one run, by round: ``folder/run/client/round.safetensors``.
 
     Files appear whole or not at all. The last two rounds of a client are kept, and any that the server
-    still counts on; of a folder, the eight runs that were used last. A file that cannot be read, or is of
-    another version, is as if it were not there: the methods that keep state go on without it, and the log
-    says so.
+    still counts on or may go back to; of a folder, the eight runs that were used last. A file that cannot be
+    read, has changed, or is of another version, is as if it were not there: the methods that keep state go on
+    without it, and the log says so.
 
     Args:
         folder: of all runs; None: ``default_folder()``.
@@ -57,8 +54,13 @@ class ClientState:
         self._runs = self._root / run
         self._folder = self._runs / client
 
-    def save(self, number: int, tensors: Mapping[str, Tensor], counted: int | None = None) -> None:
-        """Keep these tensors as the state after round ``number``, and of older ones that of round ``counted`` too.
+    def save(
+        self, number: int, tensors: Mapping[str, Tensor], counted: int | None = None, resumable: int | None = None
+    ) -> None:
+        """Keep these tensors as the state after round ``number``, and of older ones what may still be asked for.
+
+        ``counted``: a round whose state the server still counts on. ``resumable``: the oldest round that the
+        run may be taken up after again (``checkpoint``), as if later ones had never been.
 
         Raises:
             OSError: the folder cannot be written to; or the default one is another user's, who has made it first.
@@ -70,24 +72,19 @@ class ClientState:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         (self._runs / _MARK).touch()
         os.utime(self._runs)  # used just now: not the first to be forgotten
-        metadata = {"format": _FORMAT, "version": _VERSION, "round": str(number)}
-        handle, part = tempfile.mkstemp(dir=self._folder, suffix=".part")
-        os.close(handle)
-        try:
-            save_file(own_copies(tensors), part, metadata)
-            os.replace(part, self._path(number))
-        except BaseException as error:
-            Path(part).unlink(missing_ok=True)
-            if isinstance(error, SafetensorError):  # what it makes of a full disk
-                raise OSError(f"{part}: {error}") from error
-            raise
-        for old in self.rounds()[:-_KEPT_ROUNDS]:
-            if old != counted:
+        write_tensors(self._path(number), tensors, {**_KIND, "round": str(number)})
+        rounds = self.rounds()
+        needed = {*rounds[-_KEPT_ROUNDS:], counted}
+        if resumable is not None:
+            before = [old for old in rounds if old <= resumable]
+            needed |= {*before[-_KEPT_ROUNDS:], *(old for old in rounds if old > resumable)}
+        for old in rounds:
+            if old not in needed:
                 self._path(old).unlink(missing_ok=True)
 
-    def load(self, number: int | None = None) -> dict[str, Tensor]:
-        """The state after round ``number``, by default the newest; empty: there is none."""
-        kept = self.rounds()
+    def load(self, number: int | None = None, *, before: int | None = None) -> dict[str, Tensor]:
+        """The state after round ``number``, or the newest, of those ``before`` a round; empty: there is none."""
+        kept = [old for old in self.rounds() if before is None or old < before]
         if number is None and kept:
             number = kept[-1]
         if number not in kept:
@@ -95,26 +92,24 @@ class ClientState:
         assert number is not None
         path = self._path(number)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                expected = {"format": _FORMAT, "version": _VERSION, "round": str(number)}
-                if metadata != expected:
-                    raise ValueError(f"it says {json.dumps(metadata)}, not {json.dumps(expected)}")
-                names: list[str] = file.keys()
-                return {name: file.get_tensor(name) for name in names}
-        except (OSError, ValueError, SafetensorError) as error:
+            tensors, metadata = read_tensors(path)
+            expected = {**_KIND, "round": str(number)}
+            if metadata != expected:
+                raise DamagedFileError(f"it says {json.dumps(metadata)}, not {json.dumps(expected)}")
+        except (OSError, DamagedFileError) as error:
             _log.warning("client state %s cannot be used, the client goes on without it: %s", path, error)
             return {}
+        return tensors
 
     def rounds(self) -> list[int]:
         """The rounds that there is a state of, in order."""
         if self._is_default and not _is_own(self._root):
             return []
-        names = [path.name.removesuffix(_SUFFIX) for path in self._folder.glob(f"*{_SUFFIX}")]
+        names = [path.name.removesuffix(SUFFIX) for path in self._folder.glob(f"*{SUFFIX}")]
         return sorted(int(name) for name in names if name.isdecimal())
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"{number}{_SUFFIX}"
+        return self._folder / f"{number}{SUFFIX}"
 
     def _forget_old_runs(self) -> None:
         # The folder may be anybody's, and hold anything: only what carries our mark is ours to delete.

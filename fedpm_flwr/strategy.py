@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,19 @@ class FedPM(Guarded):
             return requests
         if self._variates is None or self._variates.run != self.experiment:
             self._variates = Variates(self.state_folder, self.experiment)
-        return self._variates.requests(requests, self._dtypes())
+        return self._variates.requests(requests, self._dtypes(), self.client_of, self.resumable)
+
+    def remembered(self) -> dict[str, Any]:
+        """As Guarded, and which of the clients' cᵢ, whose files stay in ``state_folder``, are in c."""
+        variates = {} if self._variates is None else dict(self._variates.newest)
+        return super().remembered() | {"variates": variates}
+
+    def recall(self, remembered: Mapping[str, Any]) -> None:
+        """As Guarded."""
+        super().recall(remembered)
+        if self.correction == "control-variate":
+            self._variates = Variates(self.state_folder, self.experiment)
+            self._variates.newest = dict(remembered["variates"])
 
     def combine(
         self, server_round: int, usable: Iterable[tuple[Message, Update]]
@@ -143,8 +155,8 @@ class FedPM(Guarded):
         for reply, update in usable:
             mixer.add(update.state, update.layers, self._weight(update))
             if self._variates is not None:
-                node = reply.metadata.src_node_id
-                self._variates.add(node, server_round, update.extra, self._weight(update))
+                client = self.client_of(reply.metadata.src_node_id)
+                self._variates.add(client, server_round, update.extra, self._weight(update))
             contents.append(RecordDict({**reply.content.metric_records}))
             curved = curved or bool(update.layers)
             del reply, update  # else they are still in memory while the next ones are read

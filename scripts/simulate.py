@@ -78,14 +78,14 @@ def _config(settings: list[str], nodes: int) -> Config:
     values: dict[str, Any] = {"min-available-nodes": nodes, **parse_settings(settings)}
     config = Config.from_run_config(values)
     config.check_nodes(nodes)
-    if not config.output:
+    if not config.output and not config.resume:
         folder = _CHECKOUT / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{config.algorithm}"
         config = Config.from_run_config({**config.to_run_config(), "output": str(folder)})
     return config
 
 
 def _simulate(config: Config, arguments: argparse.Namespace) -> int:
-    output = Path(config.output)
+    output = Path(config.output or config.resume)
     output.mkdir(parents=True, exist_ok=True)
     print(f"{PREFIX}starting Flower's simulation with {arguments.nodes} clients", flush=True)
     with tempfile.TemporaryDirectory(prefix="fedpm-flwr-") as home, _superlink(Path(home)) as environment:

@@ -66,7 +66,7 @@ def test_in_python_too_whole_numbers_serve_as_numbers() -> None:
         ("device", 3, "device=3 is not allowed; allowed: text"),
         ("output", "runs/mine", "output='runs/mine' is not an absolute path"),
         ("dataset", "text:my.txt", "dataset='text:my.txt' is not an absolute path"),
-        ("dataset", "text:", r"dataset='text:' is not allowed; .*\| text:/path/to/file$"),
+        ("dataset", "text:", r"dataset='text:' is not allowed; .*\| text:/path/to/file"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(key: str, value: object, allowed: str) -> None:

@@ -21,7 +21,7 @@ def test_the_mean_is_over_every_client_ever_seen_and_each_counts_once(tmp_path: 
     variates.commit()
     assert float(variates.mean()["w"]) == pytest.approx((5 + 12) / 4)
     variates.add(2, 3, {"w": torch.tensor([100.0])}, 3.0)
-    variates.requests([], {"w": torch.float32})  # the next round begins: the last one failed
+    variates.requests([], {"w": torch.float32}, int)  # the next round begins: the last one failed
     variates.commit()
     assert float(variates.mean()["w"]) == pytest.approx((5 + 12) / 4)
 

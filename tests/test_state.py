@@ -119,7 +119,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
     def full(*arguments: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("fedpm_flwr.state.save_file", full)
+    monkeypatch.setattr("fedpm_flwr.durable.save_file", full)
     with pytest.raises(OSError, match="no space left"):
         state.save(2, one(2.0))
     assert state.rounds() == [1]

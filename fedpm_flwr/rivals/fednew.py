@@ -64,6 +64,8 @@ class FedNew(DirectionMean):
     It keeps, for each client that was ever counted, the number of the round, and y of these rounds.
     """
 
+    memory = ("_directions", "_counted", "_void")
+
     def __init__(self, **strategy: Any) -> None:
         super().__init__(**strategy)
         self._forget()
@@ -93,16 +95,16 @@ class FedNew(DirectionMean):
         kept = list(usable)
         lost = any(record.get(LOST) for reply, _ in kept for record in reply.content.metric_records.values())
         made = super().combine(server_round, kept)
-        self._pending = self.mean(kept, DIRECTION), {node_of(reply) for reply, _ in kept}, lost
+        self._pending = self.mean(kept, DIRECTION), {self.client_of(node_of(reply)) for reply, _ in kept}, lost
         return made
 
     def accepted(self, server_round: int) -> None:
         """The round counts for its clients; one that fails after all counts for none."""
         super().accepted(server_round)
         assert self._pending is not None  # of this round's combine
-        direction, nodes, lost = self._pending
+        direction, clients, lost = self._pending
         self._directions[server_round] = direction
-        self._counted |= dict.fromkeys(nodes, server_round)
+        self._counted |= dict.fromkeys(clients, server_round)
         if lost:
             self._void = server_round
         needed = {*self._counted.values(), server_round}
@@ -110,7 +112,8 @@ class FedNew(DirectionMean):
 
     def _informed(self, request: Message) -> Message:
         """The request with y, and with the round that the client's dual waits for."""
-        counted, latest = self._counted.get(request.metadata.dst_node_id, 0), max(self._directions, default=0)
+        counted = self._counted.get(self.client_of(request.metadata.dst_node_id), 0)
+        latest = max(self._directions, default=0)
         extra = {LATEST: self._directions[latest]} if latest else {}
         if counted and counted != latest:
             extra[COUNTED_DIRECTION] = self._directions[counted]
@@ -150,7 +153,7 @@ def _dual(job: Job, mean: Tensor) -> tuple[Tensor, bool]:
 def _hessian(job: Job) -> tuple[Tensor, int]:
     """Hᵢ [d, d], and the round that it was measured in: the stored one, while it is fresh enough."""
     refresh = job.config.fednew_refresh
-    state = job.state.load() if refresh != 1 else {}
+    state = job.newest_state() if refresh != 1 else {}
     if state and (refresh == 0 or job.server_round - int(state[_MEASURED]) < refresh):
         return state[_HESSIAN].to(job.device), int(state[_MEASURED])
     return job.objective.hessian(max_side=job.config.max_factor_side), job.server_round

@@ -27,9 +27,9 @@ Inferred, the source being silent or different:
 - The server's Hᵢ are in memory: d² numbers for each client that ever took part.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -78,8 +78,7 @@ def client(job: Job) -> Message:
     return job.reply(extra=extra | sent | {BASE: base, ERROR: difference.norm().reshape(1)})
 
 
-@dataclass(frozen=True, eq=False)
-class _Estimate:
+class _Estimate(NamedTuple):
     """What the server has of one client."""
 
     hessian: Tensor
@@ -111,11 +110,18 @@ class FedNL(ServerStep):
         strategy: what ``ServerStep`` takes.
     """
 
+    memory = ("_known",)
+
     def __init__(self, config: Config, **strategy: Any) -> None:
         super().__init__(**strategy)
         self._config = config
         self._compressor = COMPRESSORS[config.compressor]
         self._known: dict[int, _Estimate] = {}
+
+    def recall(self, remembered: Mapping[str, Any]) -> None:
+        """As Guarded."""
+        super().recall(remembered)
+        self._known = {client: _Estimate(*known) for client, known in self._known.items()}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -182,9 +188,9 @@ class FedNL(ServerStep):
     def _estimates(
         self, server_round: int, kept: Sequence[tuple[Message, Update]], rate: float
     ) -> dict[int, _Estimate]:
-        """Hᵢ + rate · C(Dᵢ) of the participants, by node."""
+        """Hᵢ + rate · C(Dᵢ) of the participants."""
         return {
-            reply.metadata.src_node_id: _Estimate(
+            self.client_of(reply.metadata.src_node_id): _Estimate(
                 update.before + rate * update.change, update.error, update.num_examples, server_round
             )
             for reply, update in kept
@@ -192,14 +198,14 @@ class FedNL(ServerStep):
         }
 
     def _counted(self, request: Message) -> int:
-        known = self._known.get(request.metadata.dst_node_id)
+        known = self._known.get(self.client_of(request.metadata.dst_node_id))
         return 0 if known is None else known.server_round
 
     def _before(self, reply: Message, base: float, side: int) -> Tensor:
         """The Hᵢ that a client says it started from."""
         if base == 0:
             return torch.zeros(side, side, dtype=self.parameters.dtype)
-        known = self._known.get(reply.metadata.src_node_id)
+        known = self._known.get(self.client_of(reply.metadata.src_node_id))
         if known is None or known.server_round != base:
             expected = "none" if known is None else f"that of round {known.server_round}"
             raise ReplyError(f"it starts from a Hessian estimate of round {base:g}; the server has {expected}")

@@ -27,7 +27,7 @@ these: the equations, β = 0.5, Δ = 0 in the first round (whose steps are thus 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -84,6 +84,8 @@ class FedPAC(StepTeller):
         max_factor_side: replies with a larger matrix are left out.
         strategy: what ``StepTeller`` takes.
     """
+
+    memory: ClassVar[tuple[str, ...]] = (*StepTeller.memory, "_shared")
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ class Remembering(Guarded):
     """
 
     memory: ClassVar[tuple[str, ...]] = ()
-    """The attributes that are kept: set anew in each round, never changed in place; None at the start."""
+    """As Guarded's: set anew in each round, never changed in place; None at the start."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

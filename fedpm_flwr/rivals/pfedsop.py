@@ -59,7 +59,7 @@ def rank_one_newton(update: Tensor, damping: float) -> Tensor:
 def client(job: Job) -> Message:
     """The Newton step of x, and the SGD steps that measure Δᵢ."""
     objective, config = job.objective, job.config
-    theta, kept, told = objective.theta, job.state.load(), job.extra()
+    theta, kept, told = objective.theta, job.newest_state(), job.extra()
     if kept:
         _load(job, kept)
     x = objective.theta
@@ -81,7 +81,7 @@ def client(job: Job) -> Message:
 
 def evaluate_personal(job: Job) -> dict[str, float]:
     """Loss and accuracy of x; of θ for a client that has none yet."""
-    kept = job.state.load()
+    kept = job.newest_state()
     if kept:
         _load(job, kept)
     return _measured(job)

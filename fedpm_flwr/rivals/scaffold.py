@@ -80,7 +80,7 @@ class Scaffold(Remembering):
         self._sum: dict[str, Tensor] | None = None
         """Σ nᵢ cᵢ; None: 0."""
         self._counted: dict[int, tuple[int, float]] | None = None
-        """By node, the round whose cᵢ is in the sum, and nᵢ."""
+        """By client, the round whose cᵢ is in the sum, and nᵢ."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -88,12 +88,16 @@ class Scaffold(Remembering):
         """θ and c, and to each node the round whose cᵢ is in c."""
         requests = list(super().configure_train(server_round, arrays, config, grid))
         counted = self._counted or {}
-        nodes = len({*grid.get_node_ids(), *counted})
+        nodes = len({*map(self.client_of, grid.get_node_ids()), *counted})
         mean = sum(weight for _, weight in counted.values()) / max(len(counted), 1)
         c = {key: total / (nodes * mean) for key, total in (self._sum or {}).items()}
         record = messages.tensors_record(c)
         return [
-            with_extra(request, record, {STATE_ROUND: counted.get(request.metadata.dst_node_id, (0, 0.0))[0]})
+            with_extra(
+                request,
+                record,
+                {STATE_ROUND: counted.get(self.client_of(request.metadata.dst_node_id), (0, 0.0))[0]},
+            )
             for request in requests
         ]
 
@@ -125,10 +129,10 @@ class Scaffold(Remembering):
             weight = update.num_examples if self.weighting == "num-examples" else 1.0
             for key, value in update.state.items():
                 moved[key] += weight * (value.to(moved[key].dtype) - self._theta[key].to(moved[key].dtype))
-            node = reply.metadata.src_node_id
-            counted[node] = server_round, counted[node][1] if node in counted else weight
+            client = self.client_of(reply.metadata.src_node_id)
+            counted[client] = server_round, counted[client][1] if client in counted else weight
             for key, change in update.change.items():
-                total[key] = total.get(key, 0.0) + counted[node][1] * change
+                total[key] = total.get(key, 0.0) + counted[client][1] * change
             contents.append(reply.content)
             weights += weight
             lost += update.lost

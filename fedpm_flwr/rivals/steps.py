@@ -1,7 +1,7 @@
 """What strategies share that tell their clients the last step of the global model."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -23,6 +23,8 @@ class StepTeller(Guarded):
         tells: whether clients are sent s.
         strategy: what ``Guarded`` takes.
     """
+
+    memory: ClassVar[tuple[str, ...]] = ("_step",)
 
     def __init__(self, *, server_learning_rate: float = 1.0, tells: bool = True, **strategy: Any) -> None:
         super().__init__(**strategy)

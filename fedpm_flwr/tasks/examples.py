@@ -1,5 +1,6 @@
 """Labelled examples in memory, read a batch at a time."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,6 +74,34 @@ class Examples(Dataset[tuple[Tensor, Tensor]]):
         return replace(self, inputs=self.inputs[:count], labels=self.labels[:count]) if count else self
 
 
+@dataclass(frozen=True)
+class Form:
+    """What inputs and labels look like: all that a model has to know of the data."""
+
+    input_shape: tuple[int, ...]
+    input_dtype: torch.dtype
+    classes: int
+
+    def to_text(self) -> str:
+        """For a request's config."""
+        dtype = str(self.input_dtype).removeprefix("torch.")
+        return json.dumps({"input-shape": self.input_shape, "input-dtype": dtype, "classes": self.classes})
+
+    @classmethod
+    def from_text(cls, text: str) -> "Form":
+        """What ``to_text`` has made.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            parts = json.loads(text)
+            shape = tuple(int(side) for side in parts["input-shape"])
+            return cls(shape, getattr(torch, parts["input-dtype"]), int(parts["classes"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not the form of a data set: {text!r:.100}") from error
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """A data set: what clients train on, what the server tests on, and the number of classes."""
@@ -92,6 +121,10 @@ class Split:
     @property
     def input_dtype(self) -> torch.dtype:
         return self.train.input_dtype
+
+    @property
+    def form(self) -> Form:
+        return Form(self.input_shape, self.input_dtype, self.classes)
 
 
 def hold_out(inputs: Tensor, labels: Tensor, classes: int, every: int = 5) -> Split:

@@ -1,15 +1,15 @@
 """Data from the user's own files: NumPy's .npz and LIBSVM's text format; text is in ``text``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_svmlight_file, load_svmlight_files
 from torch import Tensor
 
 from .examples import DataError, Examples, Split, hold_out, require_file
+from .folders import load_folder
 from .text import load_text
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -30,17 +30,26 @@ def load_npz(path: str) -> Split:
     Raises:
         DataError: naming the file, the array and what is wrong with it.
     """
-    arrays = _read_npz(path)
+    arrays = _read_npz(path, _ARRAYS)
     inputs = {part: _inputs(path, f"x_{part}", arrays[f"x_{part}"]) for part in ("train", "test")}
     labels = {part: _labels(path, f"y_{part}", arrays[f"y_{part}"]) for part in ("train", "test")}
     for part in ("train", "test"):
-        if len(inputs[part]) != len(labels[part]):
-            raise DataError(
-                f"{path}: x_{part} holds {len(inputs[part])} examples, but y_{part} {len(labels[part])} labels"
-            )
+        _same_length(path, part, inputs[part], labels[part])
     _same_form(path, inputs["train"], inputs["test"])
     classes = _count_classes(path, labels["train"], labels["test"])
     return Split(Examples(inputs["train"], labels["train"]), Examples(inputs["test"], labels["test"]), classes)
+
+
+def read_npz(path: str) -> Examples:
+    """x_train and y_train alone, as ``load_npz`` reads them; not all labels need to occur.
+
+    Raises:
+        DataError: naming the file, the array and what is wrong with it.
+    """
+    arrays = _read_npz(path, _ARRAYS[:2])
+    inputs, labels = _inputs(path, "x_train", arrays["x_train"]), _labels(path, "y_train", arrays["y_train"])
+    _same_length(path, "train", inputs, labels)
+    return Examples(inputs, labels)
 
 
 def load_libsvm(path: str) -> Split:
@@ -53,6 +62,8 @@ def load_libsvm(path: str) -> Split:
     Raises:
         DataError: naming the file and what is wrong with it.
     """
+    from sklearn.datasets import load_svmlight_file, load_svmlight_files
+
     require_file(path)
     whole = Path(path)
     packed = whole.suffix if whole.suffix in (".bz2", ".gz") else ""
@@ -78,21 +89,26 @@ def load_libsvm(path: str) -> Split:
     return Split(Examples(inputs[0], labels[0]), Examples(inputs[1], labels[1]), len(names))
 
 
-LOADERS: dict[str, Callable[[str], Split]] = {"npz": load_npz, "libsvm": load_libsvm, "text": load_text}
+LOADERS: dict[str, Callable[[str], Split]] = {
+    "npz": load_npz,
+    "libsvm": load_libsvm,
+    "text": load_text,
+    "folder": load_folder,
+}
 """What ``dataset="PREFIX:/path"`` is read by."""
 
 
-def _read_npz(path: str) -> dict[str, Array]:
+def _read_npz(path: str, names: Sequence[str]) -> dict[str, Array]:
     require_file(path)
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in _ARRAYS if name not in file]
+            missing = [name for name in names if name not in file]
             if missing:
                 raise DataError(
-                    f"{path}: no array {missing[0]!r}; it needs {', '.join(_ARRAYS)}; it has "
+                    f"{path}: no array {missing[0]!r}; it needs {', '.join(names)}; it has "
                     f"{', '.join(file.files) or 'none'}"
                 )
-            return {name: np.asanyarray(file[name]) for name in _ARRAYS}
+            return {name: np.asanyarray(file[name]) for name in names}
     except DataError:
         raise
     except Exception as error:  # zip, zlib and NumPy each fail in their own ways
@@ -147,6 +163,11 @@ def _labels(path: str, name: str, array: Array) -> Tensor:
     if len(array) and int(array.max()) > np.iinfo(np.int64).max:
         raise DataError(f"{path}: {name} holds the label {array.max()}, first in row {array.argmax()}: too large")
     return torch.from_numpy(array.astype(np.int64))
+
+
+def _same_length(path: str, part: str, inputs: Tensor, labels: Tensor) -> None:
+    if len(inputs) != len(labels):
+        raise DataError(f"{path}: x_{part} holds {len(inputs)} examples, but y_{part} {len(labels)} labels")
 
 
 def _same_form(path: str, train: Tensor, test: Tensor) -> None:

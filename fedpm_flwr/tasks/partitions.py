@@ -2,9 +2,7 @@
 
 from functools import lru_cache
 
-import datasets
 import numpy as np
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -33,6 +31,9 @@ def partition_indices(
         raise ValueError(f"{len(labels)} examples are too few for {num_partitions} clients")
     if partition == "contiguous":
         return [part.tolist() for part in np.array_split(np.arange(len(labels)), num_partitions)]
+    import datasets
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
+
     # The partitioners shuffle, so each example carries its own index along.
     order = np.random.default_rng(seed).permutation(len(labels))
     partitioner: Partitioner

@@ -1,0 +1,94 @@
+"""Files of tensors that appear whole or not at all, and tell if a bit of them has changed."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .wire import own_copies
+
+SUFFIX = ".safetensors"
+_PART = ".part"
+_DIGEST = "sha256"
+
+
+class DamagedFileError(ValueError):
+    """A file is cut short, has changed, or is of another kind or version."""
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file with these tensors and this text, beside the SHA-256 of both.
+
+    It is written under another name, flushed to the disk and renamed: who looks for ``path`` finds the old
+    file or the new one.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to; the old file is as it was.
+    """
+    own = own_copies(tensors)
+    handle, part = tempfile.mkstemp(dir=path.parent, suffix=_PART)
+    os.close(handle)
+    try:
+        save_file(own, part, {**metadata, _DIGEST: _digest(own, metadata)})
+        _flush(Path(part))
+        os.replace(part, path)
+        _flush(path.parent)
+    except BaseException as error:
+        Path(part).unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):  # what it makes of a full disk
+            raise OSError(f"{path}: {error}") from error
+        raise
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the text that ``write_tensors`` has written.
+
+    Raises:
+        OSError: the file cannot be read.
+        DamagedFileError: it is not as it was written.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            names: list[str] = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise DamagedFileError(f"{path}: not a safetensors file, or cut short: {error}") from error
+    digest = metadata.pop(_DIGEST, None)
+    if digest != _digest(tensors, metadata):
+        raise DamagedFileError(f"{path}: its contents are not those that were written (SHA-256)")
+    return tensors, metadata
+
+
+def remove_parts(folder: Path) -> None:
+    """What writing has left behind that was broken off, as by a power cut; nobody else may be writing there."""
+    for part in folder.glob(f"*{_PART}"):
+        part.unlink(missing_ok=True)
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of names, dtypes, shapes and numbers; the order of neither mapping counts."""
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        if tensor.numel():
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """To the disk itself, file or folder, where the system can."""
+    if os.name != "posix" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,65 @@
+"""Folders of images, one subfolder a class, as torchvision's ImageFolder reads them."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .examples import DataError, Examples, Split
+
+_PARTS = ("train", "test")
+
+
+def load_folder(path: str) -> Split:
+    """PATH/train/CLASS/… and PATH/test/CLASS/…, all of one size and with the same classes.
+
+    Raises:
+        DataError: naming the folder or file and what is wrong with it.
+    """
+    (train, classes), (test, other) = (read_folder(str(Path(path) / part)) for part in _PARTS)
+    if classes != other:
+        odd = sorted({*classes} ^ {*other})
+        raise DataError(f"{path}: train and test have different classes; only in one: {', '.join(odd[:5])}")
+    if train.input_shape != test.input_shape:
+        raise DataError(f"{path}: train has images {list(train.input_shape)}, test {list(test.input_shape)}")
+    return Split(train, test, len(classes))
+
+
+def read_folder(path: str) -> tuple[Examples, tuple[str, ...]]:
+    """PATH/CLASS/….png and so on: uint8 images [channels, height, width], and the classes in their order.
+
+    Grey images have one channel, all others three. A class may have no images; it has its folder all the same,
+    since the labels are the folders' places in the order of their names.
+
+    Raises:
+        DataError: naming the folder or file and what is wrong with it.
+    """
+    # Here, not on top: torchvision takes a second to import.
+    from PIL import Image
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    if not Path(path).is_dir():
+        raise DataError(f"{path}: there is no such folder on this machine")
+    try:
+        folder = ImageFolder(path, allow_empty=True)
+    except (FileNotFoundError, OSError) as error:  # what it makes of a folder without classes
+        raise DataError(f"{path}: no folder of a class in it, each with images: {error}") from error
+    if not folder.samples:
+        raise DataError(f"{path}: no images in the folders of its classes ({', '.join(IMG_EXTENSIONS)})")
+    images: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] = []
+    for file, _ in folder.samples:
+        try:
+            with Image.open(file) as opened:
+                image = np.asarray(opened.convert("L" if opened.mode in ("1", "L", "I;16") else "RGB"))
+        except (OSError, ValueError, SyntaxError) as error:  # whatever is wrong with a file
+            raise DataError(f"{file}: not an image: {error}") from error
+        image = np.atleast_3d(image).transpose(2, 0, 1)
+        if images and image.shape != images[0].shape:
+            raise DataError(
+                f"{file}: an image {list(image.shape)} (channels, height, width), where the first one, "
+                f"{folder.samples[0][0]}, is {list(images[0].shape)}"
+            )
+        images.append(image)
+    labels = torch.tensor(folder.targets, dtype=torch.int64)
+    return Examples(torch.from_numpy(np.stack(images)), labels), tuple(folder.classes)
