@@ -7,10 +7,11 @@ ARGS ?=
 # The suite on the newest Flower, beside the pinned one that the application needs for gRPC.
 NEWEST := .venv-newest-flwr
 
-.PHONY: help run compare test test-newest-flwr check format clean
+.PHONY: help run deploy-demo compare test test-newest-flwr check format clean
 
 help:
 	@echo "make run      train FedPM in Flower's simulation; ARGS='algorithm=localnewton alpha=1.0' for settings"
+	@echo "make deploy-demo  a SuperLink and three SuperNodes over gRPC, with TLS and keys, on this machine"
 	@echo "make compare  FedAvg, LocalNewton and FedPM side by side; ARGS='algorithms=fedavg,fedpm seeds=3' for others"
 	@echo "make test     the test suite"
 	@echo "make test-newest-flwr  the test suite on the newest Flower"
@@ -19,7 +20,10 @@ help:
 	@echo "make clean    remove the environments"
 
 run: $(VENV)/.app
-	@$(BIN)/python scripts/simulate.py $(ARGS)
+	@$(BIN)/python -m scripts.simulate $(ARGS)
+
+deploy-demo: $(VENV)/.app
+	@$(BIN)/python -m scripts.deploy_demo $(ARGS)
 
 compare: $(VENV)/.app
 	@$(BIN)/python -m benchmarks.compare $(ARGS)

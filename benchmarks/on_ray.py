@@ -11,7 +11,7 @@ from fedpm_flwr.report import PREFIX
 
 from .compare import Rounds, read_rounds
 
-_SIMULATE = Path(__file__).resolve().parent.parent / "scripts" / "simulate.py"
+_CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def run_on_ray(configs: Sequence[Config], nodes: int) -> dict[str, Rounds]:
@@ -19,8 +19,8 @@ def run_on_ray(configs: Sequence[Config], nodes: int) -> dict[str, Rounds]:
     done = {}
     for config in configs:
         settings = [f"{key}={json.dumps(value)}" for key, value in config.to_run_config().items()]
-        command = [sys.executable, str(_SIMULATE), "--nodes", str(nodes), *settings]
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0:
+        command = [sys.executable, "-m", "scripts.simulate", "--nodes", str(nodes), *settings]
+        if subprocess.run(command, stdout=subprocess.DEVNULL, cwd=_CHECKOUT).returncode == 0:
             done[config.output] = read_rounds(Path(config.output))
         else:
             print(f"{PREFIX}left out of the table, since it failed: {Path(config.output).name}", file=sys.stderr)

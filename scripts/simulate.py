@@ -1,6 +1,6 @@
 """Run the application in Flower's simulation, from a clean start to a clean end.
 
-    python scripts/simulate.py [--nodes 10] [KEY=VALUE ...]
+    python -m scripts.simulate [--nodes 10] [KEY=VALUE ...]
 
 KEY=VALUE are settings of [tool.flwr.app.config], such as algorithm=localnewton alpha=1.0. The run
 has its own SuperLink, FLWR_HOME and ports, shows the application's lines (Flower's own log is in
@@ -13,27 +13,21 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from fedpm_flwr.config import Config, ConfigError, describe, parse_settings
 from fedpm_flwr.report import PREFIX
 
-_CHECKOUT = Path(__file__).resolve().parent.parent
-_SUPERLINK_START_S = 60
-_STOP_S = 5
+from .processes import CHECKOUT, environment, free_ports, is_healthy, start, stop_all, wait_until
+
 _TAIL_LINES = 40
 
 
@@ -79,7 +73,7 @@ def _config(settings: list[str], nodes: int) -> Config:
     config = Config.from_run_config(values)
     config.check_nodes(nodes)
     if not config.output and not config.resume:
-        folder = _CHECKOUT / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{config.algorithm}"
+        folder = CHECKOUT / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{config.algorithm}"
         config = Config.from_run_config({**config.to_run_config(), "output": str(folder)})
     return config
 
@@ -88,7 +82,7 @@ def _simulate(config: Config, arguments: argparse.Namespace) -> int:
     output = Path(config.output or config.resume)
     output.mkdir(parents=True, exist_ok=True)
     print(f"{PREFIX}starting Flower's simulation with {arguments.nodes} clients", flush=True)
-    with tempfile.TemporaryDirectory(prefix="fedpm-flwr-") as home, _superlink(Path(home)) as environment:
+    with tempfile.TemporaryDirectory(prefix="fedpm-flwr-") as home, _superlink(Path(home)) as variables:
         settings = Path(home) / "run-config.toml"
         settings.write_text(config.to_toml())
         gpus = _gpu_share(config.device, arguments.cpus) if arguments.gpus is None else arguments.gpus
@@ -96,9 +90,9 @@ def _simulate(config: Config, arguments: argparse.Namespace) -> int:
             f"num-supernodes={arguments.nodes} client-resources-num-cpus={arguments.cpus} "
             f"client-resources-num-gpus={gpus}"
         )
-        command = ["flwr", "run", str(_CHECKOUT), "--stream", "--run-config", str(settings)]
-        log = _follow([*command, "--federation-config", federation], environment, output / "flower.log")
-        status = _run_status(environment)
+        command = ["flwr", "run", str(CHECKOUT), "--stream", "--run-config", str(settings)]
+        log = follow([*command, "--federation-config", federation], variables, output / "flower.log")
+        status = run_status(variables)
     if status == "finished:completed":
         return 0
     print("".join(log[-_TAIL_LINES:]), file=sys.stderr)
@@ -116,13 +110,13 @@ def _gpu_share(device: str, cpus: int) -> float:
     return min(math.floor(torch.cuda.device_count() / at_once * 1e4) / 1e4, 1.0)  # Ray keeps 4 decimals
 
 
-def _follow(command: list[str], environment: dict[str, str], log_file: Path) -> list[str]:
+def follow(command: list[str], variables: dict[str, str], log_file: Path) -> list[str]:
     """Run a command, show the application's lines of its output, keep all of them."""
     lines = []
     with (
         log_file.open("w") as log,
         subprocess.Popen(
-            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         ) as process,
     ):
         assert process.stdout is not None
@@ -143,13 +137,13 @@ def _is_ours(line: str) -> bool:
     return PREFIX in line or ("UserWarning" in line and "fedpm_flwr" in line)
 
 
-def _run_status(environment: dict[str, str]) -> str:
-    """What Flower says became of the only run of this SuperLink."""
+def run_status(variables: dict[str, str], *superlink: str) -> str:
+    """What Flower says became of the newest run of this SuperLink."""
     listed = subprocess.run(
-        ["flwr", "ls", "--format", "json"], env=environment, capture_output=True, text=True, check=False
+        ["flwr", "ls", *superlink, "--format", "json"], env=variables, capture_output=True, text=True, check=False
     )
     try:
-        return str(json.loads(listed.stdout)["runs"][0]["status"])
+        return str(max(json.loads(listed.stdout)["runs"], key=lambda run: run["pending-at"])["status"])
     except (ValueError, LookupError):
         return f"unknown: {listed.stdout.strip() or listed.stderr.strip() or 'no answer'}"
 
@@ -157,81 +151,19 @@ def _run_status(environment: dict[str, str]) -> str:
 @contextmanager
 def _superlink(home: Path) -> Iterator[dict[str, str]]:
     """A SuperLink of our own, in simulation mode; yields the environment that ``flwr`` finds it in."""
-    port, control_port = _free_ports(2)
-    inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}  # no other cluster
-    environment = inherited | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "FLWR_HOME": str(home),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(control_port),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "RAY_DEDUP_LOGS": "0",
-    }
+    port, control_port = free_ports(2)
+    variables = environment(home, port, control_port)
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--control-api-address", f"127.0.0.1:{control_port}"]
-    with (home / "superlink.log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    log = home / "superlink.log"
+    process = start(command, variables, log)
     try:
-        _wait_until_healthy(process, port, home / "superlink.log")
-        yield environment
+        wait_until(partial(is_healthy, port), process, "the SuperLink", log)
+        yield variables
     finally:
-        _stop(process, home)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    end = time.monotonic() + _SUPERLINK_START_S
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    raise SystemExit(f"{PREFIX}the SuperLink did not start:\n{log.read_text()}")
-
-
-def _stop(process: subprocess.Popen[bytes], home: Path) -> None:
-    """End the SuperLink and everything that it started.
-
-    Ray's processes may have lost their parent by then, so they are known by the FLWR_HOME that they
-    inherited, which is this run's own.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # stopping half would leave the other half behind
-    if sys.exc_info()[0] is not None:
-        print(f"{PREFIX}stopping", file=sys.stderr, flush=True)
-    for one in (family := _family(home)):
-        with suppress(psutil.NoSuchProcess):
-            one.terminate()
-    _, alive = psutil.wait_procs(family, timeout=_STOP_S)
-    for one in alive + _family(home):
-        with suppress(psutil.NoSuchProcess):
-            one.kill()
-    psutil.wait_procs(alive, timeout=_STOP_S)
-    process.wait()
-
-
-def _family(home: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.pid != os.getpid() and process.environ().get("FLWR_HOME") == str(home):
-                found.append(process)
-    return found
+        stop_all(home)
+        process.wait()
 
 
 if __name__ == "__main__":

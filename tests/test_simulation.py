@@ -31,7 +31,7 @@ def start(*arguments: str, checkout: Path = ROOT) -> tuple[subprocess.Popen[str]
     """Start scripts/simulate.py with a mark in its environment, which all that it starts inherits."""
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
-        [sys.executable, "scripts/simulate.py", *arguments],
+        [sys.executable, "-m", "scripts.simulate", *arguments],
         cwd=checkout,
         env={**os.environ, _MARK: mark, "PYTHONPATH": str(checkout)},
         text=True,
