@@ -60,8 +60,8 @@ class Checkpointed(Strategy):
         settings: of the run, by name; kept in the checkpoints.
 
     Raises:
-        ValueError: naming the argument and what is allowed; the checkpoint is of another strategy; or the run is
-            not to be taken up, and ``folder`` holds another one's checkpoints.
+        ValueError: naming the argument and what is allowed; the checkpoint is of another strategy; or
+            ``folder`` holds the checkpoints of a run that is not taken up.
         FileNotFoundError: there is no checkpoint to begin at.
         OSError: the folder cannot be made or written to.
     """
@@ -85,7 +85,8 @@ class Checkpointed(Strategy):
         self.resumed = None if resume is None else Checkpoints(Path(resume)).newest()
         """The checkpoint that the run begins at; None: it begins at round 1."""
         self._checkpoints = Checkpoints(Path(folder), keep)
-        if self.resumed is None and self._checkpoints.rounds():
+        is_own = resume is not None and Path(resume).resolve() == Path(folder).resolve()
+        if not is_own and self._checkpoints.rounds():
             raise ValueError(f"{folder} holds checkpoints of a run: resume it, or begin another in another folder")
         if not isinstance(strategy, Guarded) and type(strategy) not in _STOCK:
             name = type(strategy).__name__

@@ -270,7 +270,7 @@ def test_a_full_disk_costs_the_correction_and_not_the_run(
     def full(*arguments: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("fedpm_flwr.state.save_file", full)
+    monkeypatch.setattr("fedpm_flwr.durable.save_file", full)
     with caplog.at_level(logging.WARNING, "flwr"):
         theta, _ = run(BASE, tmp_path / "corrected", 3)
     assert "client state could not be written, later rounds go on without it: no space left" in caplog.text

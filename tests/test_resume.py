@@ -151,6 +151,9 @@ def test_what_cannot_be_taken_up_is_refused(tmp_path: Path) -> None:
     run(done, {"num-server-rounds": 1, "checkpoint-every": 1})
     with pytest.raises(ValueError, match="holds checkpoints of a run: resume it, or begin"):
         run(done, {"checkpoint-every": 1})
+    run(tmp_path / "other", {"num-server-rounds": 2, "checkpoint-every": 1})
+    with pytest.raises(ValueError, match="holds checkpoints of a run"):
+        run(tmp_path / "other", {"checkpoint-every": 1}, resume=str(done))
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*elsewhere/checkpoints of checkpoints"):
         run(tmp_path / "b", {}, resume=str(tmp_path / "elsewhere"))
     with pytest.raises(ValueError, match="the checkpoint is of the strategy FedPM, not Scaffold"):
