@@ -102,9 +102,7 @@ class Checkpointed(Strategy):
         self.strategy.summary()
         _log.info("\t└──> Checkpoints: every %d rounds in %s", self._every, self._checkpoints.folder)
         if self._offset:
-            _log.info(
-                "%staken up after round %d: Flower's ROUND 1 is round %d", PREFIX, self._offset, self._offset + 1
-            )
+            _log.info("\t└──> Taken up after round %d: ROUND 1 is round %d", self._offset, self._offset + 1)
 
     def start(
         self,
