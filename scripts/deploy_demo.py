@@ -22,7 +22,7 @@ from fedpm_flwr.tasks import client_data
 
 from .certificates import make
 from .federation import Federation
-from .processes import CHECKOUT
+from .processes import CHECKOUT, exit_on_signals
 
 SITES = ("lab", "clinic", "bank")
 _DEFAULTS: dict[str, Any] = {"alpha": 1.0, "num-server-rounds": 5, "checkpoint-every": 1}
@@ -40,13 +40,12 @@ def main() -> int:
     except ConfigError as error:
         print(f"{PREFIX}{error}", file=sys.stderr)
         return 2
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
+    exit_on_signals()
     try:
         status = deploy(config)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"{PREFIX}{error}", file=sys.stderr)
         return 1
     if status == "finished:completed":
@@ -68,10 +67,13 @@ def deploy(config: Config) -> str:
     """The whole of it; returns Flower's word on how the run ended.
 
     Raises:
-        OSError: a folder cannot be written to.
+        OSError: a folder cannot be written to, or is of an earlier run.
+        ValueError: the data cannot be used.
         RuntimeError: one of Flower's commands failed.
     """
     folder = Path(config.output) / "federation"
+    if folder.exists():
+        raise FileExistsError(f"{folder} is of an earlier demonstration; output= names another folder")
     certificates = folder / "certificates"
     make(certificates, ["localhost", "127.0.0.1"], list(SITES))
     data = write_data(folder / "data", config)

@@ -86,14 +86,21 @@ def listens(port: int) -> bool:
     return False
 
 
+def exit_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end a script by an exception, as SIGINT does, so that it ends what it has started."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
+
+
 def stop_all(home: Path) -> None:
     """End all that was started with this FLWR_HOME.
 
     Ray's processes may have lost their parent by then, so they are known by the FLWR_HOME that they inherited,
     which is this run's own.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # stopping half would leave the other half behind
+    # Stopping half would leave the other half behind.
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     if sys.exc_info()[0] is not None:
         print(f"{PREFIX}stopping", file=sys.stderr, flush=True)
     for one in (family := of_home(home)):
@@ -104,6 +111,8 @@ def stop_all(home: Path) -> None:
         with suppress(psutil.NoSuchProcess):
             one.kill()
     psutil.wait_procs(alive, timeout=_STOP_S)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def of_home(home: Path) -> list[psutil.Process]:

@@ -26,7 +26,7 @@ from typing import Any
 from fedpm_flwr.config import Config, ConfigError, describe, parse_settings
 from fedpm_flwr.report import PREFIX
 
-from .processes import CHECKOUT, environment, free_ports, is_healthy, start, stop_all, wait_until
+from .processes import CHECKOUT, environment, exit_on_signals, free_ports, is_healthy, start, stop_all, wait_until
 
 _TAIL_LINES = 40
 
@@ -48,8 +48,7 @@ def main() -> int:
     except ConfigError as error:
         print(f"{PREFIX}{error}", file=sys.stderr)
         return 2
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
+    exit_on_signals()
     try:
         return _simulate(config, arguments)
     except KeyboardInterrupt:

@@ -4,10 +4,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import Context, Message
 from PIL import Image
 
 import client_app
@@ -19,9 +21,14 @@ from fedpm_flwr.tasks import DataError, Form, client_data, load_dataset, site_da
 FORM = Form((1, 4, 4), torch.float32, 3)
 
 
-def npz(path: Path, **arrays: object) -> Path:
-    given = {"x_train": np.zeros((5, 4, 4), np.float32), "y_train": np.array([0, 1, 0, 2, 1]), **arrays}
-    np.savez(path, **{name: array for name, array in given.items() if array is not None})  # type: ignore[arg-type]
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def npz(path: Path, **arrays: Array | None) -> Path:
+    usual: dict[str, Array | None] = {"x_train": np.zeros((5, 4, 4), np.float32)}
+    given = {**usual, "y_train": np.array([0, 1, 0, 2, 1]), **arrays}
+    present: dict[str, Any] = {name: array for name, array in given.items() if array is not None}
+    np.savez(path, **present)
     return path
 
 
@@ -175,13 +182,14 @@ def test_an_operator_can_ask_before_starting_a_node(tmp_path: Path) -> None:
 def with_data(paths: dict[int, str]) -> Client:
     """The application's client on nodes of which some have their site's data."""
 
-    def client(message: object, context: object) -> object:
-        number = context.node_config["partition-id"]  # type: ignore[attr-defined]
+    def client(message: Message, context: Context) -> Message:
+        number = context.node_config["partition-id"]
+        assert isinstance(number, int)
         if number in paths:
-            context.node_config["data-path"] = paths[number]  # type: ignore[attr-defined]
-        return client_app.app(message, context)  # type: ignore[arg-type]
+            context.node_config["data-path"] = paths[number]
+        return client_app.app(message, context)
 
-    return client  # type: ignore[return-value]
+    return client
 
 
 def run(folder: Path, paths: dict[int, str]) -> list[str]:

@@ -93,12 +93,9 @@ class Scaffold(Remembering):
         c = {key: total / (nodes * mean) for key, total in (self._sum or {}).items()}
         record = messages.tensors_record(c)
         return [
-            with_extra(
-                request,
-                record,
-                {STATE_ROUND: counted.get(self.client_of(request.metadata.dst_node_id), (0, 0.0))[0]},
-            )
+            with_extra(request, record, {STATE_ROUND: counted[client][0] if client in counted else 0})
             for request in requests
+            for client in [self.client_of(request.metadata.dst_node_id)]
         ]
 
     def read(self, reply: Message) -> VariateUpdate:
