@@ -9,6 +9,7 @@ from fedpm_flwr import messages
 from fedpm_flwr.algorithms import get_algorithm, settings_without_effect
 from fedpm_flwr.checkpointed import Checkpointed
 from fedpm_flwr.config import Config
+from fedpm_flwr.events import events_to
 from fedpm_flwr.grids import UplinkMeter
 from fedpm_flwr.packing import PackedGrid
 from fedpm_flwr.recorder import Recorder
@@ -39,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
         report.say(line)
     meter = UplinkMeter(grid)
     packed = PackedGrid(meter, config.update) if config.packed_arrays else meter
-    ordered = PartitionOrderedGrid(packed, config.seed)
+    ordered = PartitionOrderedGrid(packed, config.seed, config.round_timeout)
     strategy = get_algorithm(config.algorithm).strategy(config)
     recorder = Recorder(report, meter, strategy)
     start = strategy.start
@@ -69,11 +70,12 @@ def main(grid: Grid, context: Context) -> None:
         return recorder.end_round(server_round, tested)
 
     try:
-        with reproducible(config.seed, config.threads, device):
+        with reproducible(config.seed, config.threads, device), events_to(report.folder / "events.jsonl"):
             result = start(
                 grid=ordered,
                 initial_arrays=ArrayRecord(model.state_dict()),
                 num_rounds=config.num_server_rounds,
+                timeout=config.round_timeout,
                 train_config=ConfigRecord({messages.FORM: split.form.to_text()}),
                 evaluate_config=ConfigRecord({messages.FORM: split.form.to_text()}),
                 evaluate_fn=evaluate_global_model,

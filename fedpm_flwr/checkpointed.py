@@ -8,6 +8,7 @@ checkpoint stands, to the same models that an uninterrupted run ends with if the
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from flwr.serverapp.strategy import (
 )
 
 from .checkpoint import Checkpoint, Checkpoints
+from .events import event
 from .grids import StreamingGrid
 from .guarded import Guarded
 from .report import PREFIX
@@ -122,6 +124,8 @@ class Checkpointed(Strategy):
         if self.resumed is not None:
             _check_same(self.resumed.arrays, initial_arrays)
             initial_arrays = self.resumed.arrays
+        if isinstance(self.strategy, Guarded):
+            self.strategy.timeout = timeout
         self._ordered = grid if isinstance(grid, PartitionOrderedGrid) else None
         if self._ordered is not None and self.resumed is not None:
             self._ordered.exchanges = self.resumed.exchanges
@@ -181,6 +185,7 @@ class Checkpointed(Strategy):
         return metrics
 
     def _write(self, server_round: int, arrays: ArrayRecord) -> None:
+        started = time.monotonic()
         try:
             self._checkpoints.write(
                 Checkpoint(
@@ -194,7 +199,13 @@ class Checkpointed(Strategy):
                 )
             )
         except (OSError, TypeError) as error:
-            _log.warning("%sround %d: no checkpoint, those before it stand: %s", PREFIX, server_round, error)
+            facts = event("no-checkpoint", round=server_round, reason=str(error))
+            text = "%sround %d: no checkpoint, those before it stand: %s"
+            _log.warning(text, PREFIX, server_round, error, extra=facts)
+        else:
+            seconds = time.monotonic() - started
+            facts = event("checkpoint", round=server_round, seconds=round(seconds, 3))
+            _log.debug("%sround %d: checkpoint written, %.1f s", PREFIX, server_round, seconds, extra=facts)
 
     def _remembered(self) -> dict[str, Any]:
         if isinstance(self.strategy, Guarded):

@@ -115,6 +115,7 @@ class Config:
         0.0, "share of the nodes that evaluate the global model on their own data", low=0, high=1
     )
     min_available_nodes: int = _setting(2, "nodes to wait for before a round starts", low=1)
+    round_timeout: float = _setting(3600.0, "seconds that clients have to reply in", above=0)
     min_replies: int = _setting(1, "usable replies without which a round does not count", low=1)
     max_failed_rounds: int = _setting(3, "rounds in a row that do not count, at which the run stops", low=1)
     local_epochs: int = _setting(2, "passes over a client's data in a round", low=1)
@@ -176,6 +177,7 @@ class Config:
     dtype: str = _setting("float32", "of the model; float64 is for small convex problems", choices=DTYPES)
     threads: int = _setting(1, "torch threads of a client and of the server", low=1)
     state_folder: str = _setting("", "absolute folder of what clients keep between rounds; empty: a temporary one")
+    tensorboard: bool = _setting(False, "metrics also as TensorBoard's events; needs the package tensorboard")
     checkpoint_every: int = _setting(0, "rounds between two checkpoints of the server, in output; 0: none", low=0)
     checkpoint_keep: int = _setting(3, "how many checkpoints are kept", low=1)
     resume: str = _setting("", "absolute output folder of a run that broke off, to go on with")

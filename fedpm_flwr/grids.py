@@ -10,10 +10,13 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from .messages import count_bytes
+from .events import event
+from .messages import SERVER_ROUND, count_bytes
 from .report import PREFIX
 
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.05, 1.0
+_FIRST_NOTICE_S = 60.0
+"""After so many seconds without a reply, and after twice as many, and so on, a warning says whose it is."""
 _AHEAD_BYTES = 32 << 20
 _MOST_AHEAD = 10_000
 _MOST_NAMED = 20
@@ -62,6 +65,11 @@ class WrappedGrid(Grid):
         partition: int | None = known(node) if known else None
         return partition
 
+    def bytes_of(self, reply: Message) -> int:
+        """The bytes of a reply as it was sent, if a Grid further in knows them; else as it is here."""
+        known = getattr(self.inner, "bytes_of", None)
+        return known(reply) if known else count_bytes(reply.content)
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         return self.inner.push_messages(self.outgoing(messages))
 
@@ -91,7 +99,6 @@ class StreamingGrid(WrappedGrid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Push all messages; what is returned pulls the replies as it is gone through."""
-        end = None if timeout is None else time.monotonic() + timeout
         requests = list(messages)
         ids: list[str | None] = list(self.push_messages(requests))
         if len(ids) != len(requests):  # some Grids leave out what could not be pushed, others say None of it
@@ -99,23 +106,31 @@ class StreamingGrid(WrappedGrid):
             ids = [key if (key := request.metadata.message_id) in known else None for request in requests]
         nodes = [request.metadata.dst_node_id for request in requests]
         pushed = {key: node for key, node in zip(ids, nodes, strict=True) if key is not None}
-        self._name([node for key, node in zip(ids, nodes, strict=True) if key is None], "could not be reached")
+        server_round = _round_of(requests)
+        self._name(
+            server_round,
+            [node for key, node in zip(ids, nodes, strict=True) if key is None],
+            "could not be reached",
+        )
         size = max((count_bytes(request.content) for request in requests), default=0)
-        return self._replies(pushed, size, end, f"did not reply within {timeout} s")
+        return self._replies(pushed, size, server_round, time.monotonic(), timeout)
 
-    def _replies(self, waiting: dict[str, int], size: int, end: float | None, silence: str) -> Iterator[Message]:
+    def _replies(
+        self, waiting: dict[str, int], size: int, server_round: int | None, start: float, timeout: float | None
+    ) -> Iterator[Message]:
         """Of these messages, given with their nodes, in this order; ``size``: of the largest request."""
         ahead: dict[str, Message] = {}
         silent: list[int] = []
-        largest, wait = 0, _SHORTEST_WAIT_S
+        largest, wait, notice = 0, _SHORTEST_WAIT_S, _FIRST_NOTICE_S
         while waiting:
-            is_late = end is not None and time.monotonic() >= end
+            is_late = timeout is not None and time.monotonic() >= start + timeout
             turn = list(islice(waiting, max(1, min(_MOST_AHEAD, _AHEAD_BYTES // largest)) if largest else 1))
             for reply in self.pull_messages([key for key in turn if key not in ahead]):
-                if reply.metadata.reply_to_message_id in waiting:
-                    ahead[reply.metadata.reply_to_message_id] = reply
+                if (key := reply.metadata.reply_to_message_id) in waiting:
+                    ahead[key] = reply
                     if reply.has_content():  # errors are small, and say nothing of the others
                         largest = max(largest, size, count_bytes(reply.content), 1)
+                        self._received_from(waiting[key], reply, server_round, time.monotonic() - start)
                 del reply  # else it would be held until the next
             for key in turn:
                 if key in ahead:
@@ -125,17 +140,41 @@ class StreamingGrid(WrappedGrid):
                     silent.append(waiting.pop(key))
                 else:
                     break
-            if waiting and not is_late and next(iter(waiting)) not in ahead:
-                time.sleep(wait if end is None else min(wait, max(end - time.monotonic(), 0)))
+            if waiting and not is_late and (first := next(iter(waiting))) not in ahead:
+                passed = time.monotonic() - start
+                if passed >= notice:
+                    notice = 2 * passed
+                    self._still_waits_for(waiting[first], server_round, passed)
+                time.sleep(wait if timeout is None else min(wait, max(timeout - passed, 0)))
                 wait = min(2 * wait, _LONGEST_WAIT_S)
-        self._name(silent, silence)
+        self._name(server_round, silent, f"did not reply within {timeout} s")
 
-    def _name(self, nodes: list[int], what: str) -> None:
+    def _received_from(self, node: int, reply: Message, server_round: int | None, seconds: float) -> None:
+        size, partition = self.bytes_of(reply), self.partition_of(node)
+        facts = event(
+            "reply", round=server_round, node=node, partition=partition, bytes=size, seconds=round(seconds, 3)
+        )
+        text = "%s%sreply of %s: %d bytes, %.1f s after the request"
+        _log.debug(text, PREFIX, _in_round(server_round), self._place(node), size, seconds, extra=facts)
+
+    def _still_waits_for(self, node: int, server_round: int | None, seconds: float) -> None:
+        facts = event(
+            "waiting", round=server_round, node=node, partition=self.partition_of(node), seconds=round(seconds, 3)
+        )
+        text = "%s%sno reply of node %s for %.0f s, still waiting"
+        _log.warning(text, PREFIX, _in_round(server_round), self._place(node), seconds, extra=facts)
+
+    def _name(self, server_round: int | None, nodes: list[int], what: str) -> None:
         if nodes:
-            places = [(node, self.partition_of(node)) for node in nodes[:_MOST_NAMED]]
-            named = ", ".join(f"{node}" if p is None else f"{node} (partition {p})" for node, p in places)
+            named = ", ".join(self._place(node) for node in nodes[:_MOST_NAMED])
             more = f" and {len(nodes) - _MOST_NAMED} more" if len(nodes) > _MOST_NAMED else ""
-            _log.warning("%sleft out the nodes that %s: %s%s", PREFIX, what, named, more)
+            facts = event("silent", round=server_round, nodes=nodes, reason=what)
+            text = "%s%sleft out the nodes that %s: %s%s"
+            _log.warning(text, PREFIX, _in_round(server_round), what, named, more, extra=facts)
+
+    def _place(self, node: int) -> str:
+        partition = self.partition_of(node)
+        return f"{node}" if partition is None else f"{node} (partition {partition})"
 
 
 class UplinkMeter(WrappedGrid):
@@ -145,12 +184,33 @@ class UplinkMeter(WrappedGrid):
         super().__init__(grid)
         self.bytes = 0
         """Of all that clients have sent in training so far."""
+        self._sizes: dict[str, int] = {}
+
+    def bytes_of(self, reply: Message) -> int:
+        return self._sizes.get(reply.metadata.reply_to_message_id) or super().bytes_of(reply)
+
+    def outgoing(self, messages: Iterable[Message]) -> Iterable[Message]:
+        self._sizes.clear()  # of the exchange before
+        return messages
 
     def incoming(self, reply: Message) -> Message:
-        is_train = reply.metadata.message_type.split(".")[0] == MessageType.TRAIN
-        if is_train and reply.has_content():
-            self.bytes += count_bytes(reply.content)
+        if reply.has_content():
+            size = self._sizes[reply.metadata.reply_to_message_id] = count_bytes(reply.content)
+            if reply.metadata.message_type.split(".")[0] == MessageType.TRAIN:
+                self.bytes += size
         return reply
+
+
+def _round_of(requests: list[Message]) -> int | None:
+    """Of which round they are, if they say so: questions asked before the first do not."""
+    for config in (config for request in requests[:1] for config in request.content.config_records.values()):
+        if isinstance(number := config.get(SERVER_ROUND), int):
+            return number
+    return None
+
+
+def _in_round(server_round: int | None) -> str:
+    return "" if server_round is None else f"round {server_round}: "
 
 
 def _as_from(node: int, reply: Message) -> Message:

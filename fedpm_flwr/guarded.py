@@ -13,12 +13,11 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from . import messages
+from .events import event
 from .grids import StreamingGrid
 from .replies import ReplyError, Update, read_metrics, read_update, with_common_metrics
 from .report import PREFIX, one_line
 
-_EXCHANGE_TIMEOUT_S = 3600.0
-"""As Flower's own for a round."""
 _log = logging.getLogger("flwr")
 _Read = TypeVar("_Read")
 
@@ -64,12 +63,27 @@ class Guarded(FedAvg):
         """A name of the run, by which clients keep their state; another one in every run."""
         self.resumable: int | None = None
         """The oldest round that the run may be taken up after again: clients keep their states of then."""
+        self.timeout: float | None = 3600.0
+        """Seconds that an exchange of messages may take: Flower's own for a round, or as ``start`` is given."""
         self._asked = False
         self._partition_of: Callable[[int], int | None] = _unknown
 
-    def start(self, grid: Grid, *arguments: Any, **more: Any) -> Result:
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
         """As the guarded strategy, with replies that come one at a time (``StreamingGrid``)."""
-        return super().start(StreamingGrid(grid), *arguments, **more)
+        self.timeout = timeout
+        streaming = StreamingGrid(grid)
+        return super().start(
+            streaming, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+        )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -185,7 +199,7 @@ class Guarded(FedAvg):
         """
         record = messages.tensors_record(extra) if extra else ConfigRecord()
         asking = [with_extra(request, record, {messages.PHASE: phase}) for request in requests]
-        return grid.send_and_receive(asking, timeout=_EXCHANGE_TIMEOUT_S)
+        return grid.send_and_receive(asking, timeout=self.timeout)
 
     def usable(
         self, server_round: int, replies: Iterable[Message], read: Callable[[Message], _Read]
@@ -223,13 +237,18 @@ class Guarded(FedAvg):
             raise FailedRoundsError(
                 f"{reason}; that was failed round {self.failed_rounds} in a row, and the run stops"
             )
-        _log.warning("%s%s: the model stays as it was", PREFIX, reason)
+        facts = event("failed-round", reason=reason)
+        _log.warning("%s%s: the model stays as it was", PREFIX, reason, extra=facts)
 
     def _warn(self, server_round: int, what: str, reply: Message, error: ReplyError) -> None:
         node = reply.metadata.src_node_id
         partition = self._partition_of(node)
         place = f"node {node}" if partition is None else f"node {node} (partition {partition})"
-        _log.warning("%sround %d: left out the %s of %s: %s", PREFIX, server_round, what, place, one_line(error))
+        reason = one_line(error)
+        facts = event("left-out", round=server_round, node=node, partition=partition, reason=reason)
+        _log.warning(
+            "%sround %d: left out the %s of %s: %s", PREFIX, server_round, what, place, reason, extra=facts
+        )
 
 
 def with_extra(

@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import Config
+from .config import Config, ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,11 +28,12 @@ Row = dict[str, int | float]
 
 
 class RunReport:
-    """One run's folder: config.toml at once, metrics.csv and metrics.json as rounds end,
-    model.safetensors and curves.png at the end.
+    """One run's folder: config.toml at once, metrics.csv and metrics.json as rounds end (and, with
+    ``tensorboard=true``, TensorBoard's events), model.safetensors and curves.png at the end.
 
     Raises:
         OSError: the folder cannot be written to.
+        ConfigError: TensorBoard is asked for, and not installed.
     """
 
     def __init__(self, config: Config) -> None:
@@ -41,6 +42,7 @@ class RunReport:
         (self.folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
         self.rows: list[Row] = []
         self._config = config
+        self._board = _tensorboard(self.folder) if config.tensorboard else None
         self._started = self._round_started = time.monotonic()
         self.say(f"{config.algorithm} on {config.dataset}, {config.num_server_rounds} rounds -> {self.folder}")
 
@@ -54,7 +56,10 @@ class RunReport:
         seconds, self._round_started = now - self._round_started, now
         row: Row = {**metrics, "round": server_round, "seconds": round(seconds, 3)}
         self.rows.append(row)
-        self._write_rows()
+        try:
+            self._write_rows(row)
+        except OSError as error:  # all rows are written again after the next round
+            self.say(f"round {server_round}: metrics could not be written, the run goes on: {error}")
         self.say(self._line(row))
         return row
 
@@ -88,7 +93,12 @@ class RunReport:
         """Print a line that can be told from Flower's own."""
         print(PREFIX + line, flush=True)
 
-    def _write_rows(self) -> None:
+    def _write_rows(self, newest: Row) -> None:
+        if self._board is not None:
+            for name, value in newest.items():
+                if name != "round":
+                    self._board.add_scalar(name, value, newest["round"])
+            self._board.flush()
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, columns)
@@ -116,6 +126,17 @@ def one_line(reason: object) -> str:
     """A reason on one line, and no longer than anybody reads."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(reason)[: _MAX_REASON + 1])
     return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]} …"
+
+
+def _tensorboard(folder: Path) -> Any:
+    """Raises ConfigError if TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            f"tensorboard=true is not usable here: {error}; pip install tensorboard, or leave it out"
+        ) from error
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def _replace(path: Path, text: str) -> None:

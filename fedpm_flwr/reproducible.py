@@ -13,7 +13,6 @@ from . import messages
 from .grids import StreamingGrid, WrappedGrid
 from .report import PREFIX, one_line
 
-_QUERY_TIMEOUT_S = 600.0
 _MAX_TRIES = 3
 _log = logging.getLogger("flwr")
 
@@ -27,12 +26,12 @@ class PartitionOrderedGrid(WrappedGrid):
     from the seed and the number of exchanges so far, whenever a strategy looks up nodes to sample
     from. Sampling and the order of summation are then functions of the seed.
 
-    Clients answer the question with ``messages.partition_reply``.
+    Clients answer the question with ``messages.partition_reply``, within ``timeout`` seconds.
     """
 
-    def __init__(self, grid: Grid, seed: int) -> None:
+    def __init__(self, grid: Grid, seed: int, timeout: float = 600.0) -> None:
         super().__init__(grid)
-        self._seed = seed
+        self._seed, self._timeout = seed, timeout
         self.exchanges = 0
         """How many there have been; a run that is taken up again counts on."""
         self._partitions: dict[int, int] = {}
@@ -44,7 +43,10 @@ class PartitionOrderedGrid(WrappedGrid):
     def get_node_ids(self) -> list[int]:
         """All nodes in the order of their partitions; seeds Python's global generator."""
         nodes = list(self.inner.get_node_ids())
-        self._ask([n for n in nodes if n not in self._partitions and self._tries[n] < _MAX_TRIES])
+        unknown = [node for node in nodes if node not in self._partitions and self._tries[node] < _MAX_TRIES]
+        if unknown:
+            self._ask(unknown)
+            self._warn(nodes)
         random.seed(f"{self._seed}/{self.exchanges}")
         return sorted(nodes, key=self._place)
 
@@ -66,13 +68,11 @@ class PartitionOrderedGrid(WrappedGrid):
         return (float("inf") if partition is None else partition, node)
 
     def _ask(self, nodes: list[int]) -> None:
-        if not nodes:
-            return
         queries = [
             Message(RecordDict(), dst_node_id=node, message_type=messages.PARTITION_QUERY) for node in nodes
         ]
         self._tries.update(nodes)
-        for reply in StreamingGrid(self.inner).send_and_receive(queries, timeout=_QUERY_TIMEOUT_S):
+        for reply in StreamingGrid(self.inner).send_and_receive(queries, timeout=self._timeout):
             if reply.has_content():
                 metrics = reply.content.metric_records.get(messages.METRICS, MetricRecord())
                 answer = metrics.get(messages.PARTITION_ID)
@@ -81,11 +81,11 @@ class PartitionOrderedGrid(WrappedGrid):
             else:
                 node, reason = reply.metadata.src_node_id, one_line(reply.error.reason)
                 _log.warning("%snode %d does not say its partition: %s", PREFIX, node, reason)
-        self._warn(nodes)
 
     def _warn(self, nodes: list[int]) -> None:
-        silent = [node for node in nodes if node not in self._partitions and self._tries[node] == _MAX_TRIES]
-        if silent:
-            _log.warning("%s%d nodes do not say their partition: results depend on node IDs", PREFIX, len(silent))
-        if len(set(self._partitions.values())) < len(self._partitions):
+        """``nodes``: all that there are now; a SuperNode that comes back may do so under a new ID."""
+        known = [self._partitions[node] for node in nodes if node in self._partitions]
+        if silent := sum(node not in self._partitions and self._tries[node] == _MAX_TRIES for node in nodes):
+            _log.warning("%s%d nodes do not say their partition: results depend on node IDs", PREFIX, silent)
+        if len(set(known)) < len(known):
             _log.warning("%sseveral nodes hold the same partition: results depend on node IDs", PREFIX)

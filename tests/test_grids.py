@@ -116,6 +116,21 @@ def by_nodes(grid: Grid) -> list[int]:
     return list(partitions(grid.send_and_receive(requests(grid))))
 
 
+def test_who_is_waited_for_is_told_while_the_wait_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fedpm_flwr.grids._FIRST_NOTICE_S", 0.1)
+    inline = InlineGrid(reply_app(4), 3, {}, seed=3)
+    slow = PartitionOrderedGrid(Slow(inline, {1: 0.6}), seed=0)
+    nodes = slow.get_node_ids()
+    assert sorted(by_nodes(StreamingGrid(slow))) == [0, 1, 2]
+    lines = [one.getMessage() for one in caplog.records]
+    told = [line for line in lines if "still waiting" in line and "round 1" in line]
+    late = sorted(nodes)[1]
+    assert 1 <= len(told) <= 3  # after 0.1 s, 0.2 s, 0.4 s
+    assert all(f"round 1: no reply of node {late} (partition {nodes.index(late)}) for" in one for one in told)
+
+
 def test_replies_come_in_the_order_of_their_requests() -> None:
     inline = InlineGrid(reply_app(4), 8, {}, seed=3)
     expected = [list(inline._contexts).index(node) for node in sorted(inline.get_node_ids())]

@@ -1,8 +1,10 @@
 """What a run leaves behind."""
 
 import csv
+import errno
 import json
 import math
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedpm_flwr.config import Config
+from fedpm_flwr.config import Config, ConfigError
 from fedpm_flwr.report import RunReport, seconds_left, spread
 
 
@@ -45,6 +47,40 @@ def test_rounds_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
     report = RunReport(Config(output=str(tmp_path)))
     report.add_round(0, {"test-accuracy": 0.5, "test-loss": 1.0, "clients": 0, "uplink-bytes": 0})
     assert len(json.loads((tmp_path / "metrics.json").read_text())) == 1
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = RunReport(Config(output=str(tmp_path)))
+    row = {"test-accuracy": 0.5, "test-loss": 1.0, "clients": 0, "uplink-bytes": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full_disk)
+        report.add_round(0, row)
+    assert "round 0: metrics could not be written, the run goes on: [Errno 28]" in capsys.readouterr().out
+    report.add_round(1, row)
+    assert [one["round"] for one in json.loads((tmp_path / "metrics.json").read_text())] == [0, 1]
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_metrics_for_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report = RunReport(Config(output=str(tmp_path), tensorboard=True))
+    for number in range(3):
+        report.add_round(number, {"test-accuracy": number / 4, "test-loss": 1.0, "clients": 0, "uplink-bytes": 0})
+    reader = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert "round" not in reader.Tags()["scalars"]
+    assert [(one.step, one.value) for one in reader.Scalars("test-accuracy")] == [(0, 0.0), (1, 0.25), (2, 0.5)]
+
+
+def test_without_tensorboard_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
+    with pytest.raises(ConfigError, match=r"tensorboard=true is not usable here: .*pip install tensorboard"):
+        RunReport(Config(output=str(tmp_path), tensorboard=True))
 
 
 def test_a_loss_that_is_not_finite_is_null_in_json(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ _FEW_LETTERS = 7
 
 
 def template(node: ast.expr) -> str | None:
-    """A message with … for each value in it."""
+    """A message with … for each value in it, but without the round that it may begin with."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         text = node.value
     elif isinstance(node, ast.JoinedStr):
@@ -21,7 +21,7 @@ def template(node: ast.expr) -> str | None:
     else:
         return None
     if isinstance(node, ast.Constant):
-        text = re.sub(r"%[a-z]", "…", re.sub(r"^%s(round %d: )?", "", text))
+        text = re.sub(r"%[a-z]", "…", re.sub(r"^%s(round %d: |%s(?=[a-z]))?", "", text))
     return text.split("\n")[0]
 
 
