@@ -144,6 +144,7 @@ class Config:
         "fedpm-corrected: the pair of the last round, or, by two exchanges, fresh",
         choices=CORRECTED,
     )
+    max_payload_mb: float = _setting(1000.0, "fedpm: replies with more MB of curvature are left out", above=0)
     weighting: str = _setting("num-examples", "w_i, how much a client counts", choices=WEIGHTINGS)
     codec: str = _setting("triangle-float32", "how P travels", choices=CODECS, pattern=_CODEC)
     packed_arrays: bool = _setting(True, "a model travels as one array per dtype, not one per parameter")

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
@@ -122,25 +122,30 @@ class StreamingGrid(WrappedGrid):
         ahead: dict[str, Message] = {}
         silent: list[int] = []
         largest, wait, notice = 0, _SHORTEST_WAIT_S, _FIRST_NOTICE_S
-        while waiting:
+        for turn_number in count():
+            if not waiting:
+                break
             is_late = timeout is not None and time.monotonic() >= start + timeout
-            turn = list(islice(waiting, max(1, min(_MOST_AHEAD, _AHEAD_BYTES // largest)) if largest else 1))
-            for reply in self.pull_messages([key for key in turn if key not in ahead]):
+            window = max(1, min(_MOST_AHEAD, _AHEAD_BYTES // max(largest, 1)))
+            turn = [key for key in islice(waiting, window) if key not in ahead]
+            if not largest and turn:  # how large replies are is unknown yet: one at a time, whoever has the first
+                turn = [turn[0 if is_late else turn_number % len(turn)]]
+            for reply in self.pull_messages(turn):
                 if (key := reply.metadata.reply_to_message_id) in waiting:
                     ahead[key] = reply
                     if reply.has_content():  # errors are small, and say nothing of the others
                         largest = max(largest, size, count_bytes(reply.content), 1)
                         self._received_from(waiting[key], reply, server_round, time.monotonic() - start)
                 del reply  # else it would be held until the next
-            for key in turn:
-                if key in ahead:
+            tried = set(turn)
+            while waiting and ((first := next(iter(waiting))) in ahead or (is_late and first in tried)):
+                node = waiting.pop(first)
+                if first in ahead:
                     wait = _SHORTEST_WAIT_S
-                    yield _as_from(waiting.pop(key), ahead.pop(key))
-                elif is_late:
-                    silent.append(waiting.pop(key))
+                    yield _as_from(node, ahead.pop(first))
                 else:
-                    break
-            if waiting and not is_late and (first := next(iter(waiting))) not in ahead:
+                    silent.append(node)
+            if waiting and not is_late:
                 passed = time.monotonic() - start
                 if passed >= notice:
                     notice = 2 * passed

@@ -63,24 +63,23 @@ class RunReport:
         self.say(self._line(row))
         return row
 
-    def save(self, state: "Mapping[str, Tensor]") -> None:
-        """Write the model and the plot, as they are now."""
+    def save(self, state: "Mapping[str, Tensor]", server_round: int) -> None:
+        """Write the model of a round, and the plot."""
         # Imported here: what only watches a run, as scripts/simulate.py does, need not wait for torch.
         from safetensors.torch import save_file
 
         from .wire import own_copies
 
         save_file(own_copies(state), self.folder / "model.safetensors")
+        self.say(f"the model of round {server_round} is in {self.folder / 'model.safetensors'}")
         label = f"{self._config.algorithm} on {self._config.dataset}"
         plot_curves({label: [self.rows]}, self.folder / "curves.png")
-        if self.rows:
-            self.say(f"the model of round {self.rows[-1]['round']} is in {self.folder / 'model.safetensors'}")
 
     def finish(self, state: "Mapping[str, Tensor]") -> None:
         """Write the model and the plot, print the summary."""
-        self.save(state)
-        best = max(self.rows, key=lambda row: row["test-accuracy"])
         last = self.rows[-1]
+        self.save(state, int(last["round"]))
+        best = max(self.rows, key=lambda row: row["test-accuracy"])
         uplink = sum(row["uplink-bytes"] for row in self.rows) / _MEGABYTE
         self.say(
             f"done: test accuracy {last['test-accuracy']:.4f} (best {best['test-accuracy']:.4f} in round "

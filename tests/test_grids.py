@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 import time
 import weakref
 from collections.abc import Iterable, Iterator
@@ -159,6 +160,22 @@ def test_those_who_do_not_reply_in_time_are_left_out_and_named(caplog: pytest.Lo
     assert [reply.metadata.src_node_id for reply in found] == [nodes[place] for place in (1, 2, 3, 5)]
     assert time.monotonic() - start < 30
     assert f"left out the nodes that did not reply within 0.5 s: {nodes[0]}, {nodes[4]}" in caplog.text
+
+
+def test_replies_larger_than_what_is_read_ahead() -> None:
+    slow = Slow(InlineGrid(reply_app(3000), 3, {}, seed=1), {0: 0.3})
+    assert len(list(partitions(StreamingGrid(slow).send_and_receive(requests(slow), timeout=30)))) == 3
+    assert slow.most_alive <= 2
+
+
+def test_a_first_node_that_is_silent_does_not_hide_when_the_others_replied(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    slow = Slow(InlineGrid(reply_app(4), 3, {}, seed=3), {0: 2.0})
+    with caplog.at_level(logging.DEBUG, "flwr"):
+        assert len(list(StreamingGrid(slow).send_and_receive(requests(slow)))) == 3
+    after = [float(found) for found in re.findall(r"bytes, ([\d.]+) s after the request", caplog.text)]
+    assert max(after[:2]) < 1.5 <= after[2]
 
 
 def test_an_error_that_comes_first_does_not_open_the_window() -> None:
