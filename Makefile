@@ -7,13 +7,14 @@ ARGS ?=
 # The suite on the newest Flower, beside the pinned one that the application needs for gRPC.
 NEWEST := .venv-newest-flwr
 
-.PHONY: help run deploy-demo compare test test-newest-flwr check format clean
+.PHONY: help run deploy-demo compare test test-faults test-newest-flwr check format clean
 
 help:
 	@echo "make run      train FedPM in Flower's simulation; ARGS='algorithm=localnewton alpha=1.0' for settings"
 	@echo "make deploy-demo  a SuperLink and three SuperNodes over gRPC, with TLS and keys, on this machine"
 	@echo "make compare  FedAvg, LocalNewton and FedPM side by side; ARGS='algorithms=fedavg,fedpm seeds=3' for others"
 	@echo "make test     the test suite"
+	@echo "make test-faults  processes killed, stalled and brought back, disks full: about ten minutes"
 	@echo "make test-newest-flwr  the test suite on the newest Flower"
 	@echo "make check    format, lint, types, then the test suite"
 	@echo "make format   reformat the code"
@@ -30,6 +31,9 @@ compare: $(VENV)/.app
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: $(VENV)/.dev
+	$(BIN)/python -m pytest -m faults -n 2 --dist load -v --durations=0 tests/deployment $(ARGS)
 
 test-newest-flwr: $(NEWEST)/.dev
 	@$(NEWEST)/bin/python -c 'import flwr; print("Flower", flwr.__version__)'

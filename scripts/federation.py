@@ -107,6 +107,11 @@ class Federation:
         follow(command, self.variables, self.folder / "flower.log")
         return run_status(self.variables, NAME)
 
+    def stop(self) -> None:
+        """Stop the newest run; it leaves its last good model."""
+        runs = json.loads(self.flwr("ls", NAME, "--format", "json"))["runs"]
+        self.flwr("stop", max(runs, key=lambda run: str(run["pending-at"]))["run-id"], NAME)
+
     def flwr(self, *arguments: str) -> str:
         """What a command of Flower's prints.
 

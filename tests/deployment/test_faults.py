@@ -1,0 +1,258 @@
+"""What goes wrong in a deployment: each ends with the run finished and correct, or taken up to the same result.
+
+The oracle is the same run in one process, with the clients missing that the fault has cost. Those marked
+``faults`` take minutes: ``make test-faults``.
+"""
+
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.certificates import make
+from scripts.federation import Federation
+from scripts.processes import CHECKOUT
+
+from .helpers import COMPLETED, Background, apps, check_same_model, config, run_in_one_process, wait_for
+
+NODES = 2
+CORRECTED: dict[str, Any] = {"algorithm": "fedpm-corrected"}
+"""Its clients keep state that must fit the round: a run taken up wrongly ends elsewhere."""
+
+_BROKEN = '''
+"""Clients that fail as their node's configuration says."""
+
+from flwr.app import ConfigRecord, Context, Message
+from flwr.clientapp import ClientApp
+
+from fedpm_flwr import honest, messages
+from fedpm_flwr.packing import packed_arrays
+
+app = ClientApp(mods=[packed_arrays])
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    fault = context.node_config.get("fault")
+    if fault == "raises" and messages.server_round_of(message) == 2:
+        raise RuntimeError("out of beans")
+    reply = honest.train(message, context)
+    if fault == "sends too much":
+        reply.content["curvature"] = ConfigRecord({"payload": bytes(1_000_000)})
+    return reply
+
+
+@app.query(messages.PARTITION_ACTION)
+def partition(message: Message, context: Context) -> Message:
+    return honest.partition(message, context)
+'''
+
+
+def start_nodes(federation: Federation, nodes: int = NODES) -> None:
+    for number in range(nodes):
+        federation.start_node(f"site-{number}", f"partition-id={number} num-partitions={nodes}")
+
+
+def clients(run: Background) -> list[int]:
+    return [row["clients"] for row in run.rows()]
+
+
+def kill_app(federation: Federation, site: str, run: Background, server_round: int) -> None:
+    """SIGKILL the ClientApp that works for this round."""
+    before = [one.pid for one in apps(federation.nodes[site], "flwr-clientapp")]
+    run.wait_for_round(server_round - 1)
+    (app,) = wait_for(lambda: apps(federation.nodes[site], "flwr-clientapp", but=before), "a ClientApp")
+    app.kill()
+
+
+def test_clients_that_raise_have_no_data_or_send_too_much(tmp_path: Path) -> None:
+    checkout = tmp_path / "fedpm-broken"
+    checkout.mkdir()
+    for name in ("server_app.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, checkout)
+    shutil.copytree(CHECKOUT / "fedpm_flwr", checkout / "fedpm_flwr", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(CHECKOUT / "client_app.py", checkout / "fedpm_flwr" / "honest.py")
+    (checkout / "client_app.py").write_text(_BROKEN)
+    settings = {"num_server_rounds": 2, "min_available_nodes": 4, "max_payload_mb": 0.1}
+    faults = ("", 'fault="raises"', f'data-path="{tmp_path}/nowhere.npz"', 'fault="sends too much"')
+    with Federation(tmp_path / "federation", checkout=checkout) as federation:
+        for number, fault in enumerate(faults):
+            federation.start_node(f"site-{number}", f"partition-id={number} num-partitions=4 {fault}")
+        run = Background(federation, config(tmp_path / "run", **settings))
+        assert run.status() == COMPLETED
+    assert clients(run) == [0, 2, 1]
+    reasons = {
+        (told["round"], told["partition"]): told["reason"]
+        for told in run.events("left-out")
+        if told["partition"] is not None
+    }
+    assert set(reasons) == {(2, 1), (1, 3), (2, 3)}
+    assert "out of beans" in reasons[2, 1]
+    assert "1000000 bytes" in reasons[1, 3]
+    without_data = [told["reason"] for told in run.events("left-out") if told["partition"] is None]
+    assert len(without_data) == 2
+    assert all("nowhere.npz" in reason for reason in without_data)
+    expected = run_in_one_process(tmp_path / "inline", 4, [(2, 1), (1, 2), (2, 2), (1, 3), (2, 3)], **settings)
+    check_same_model(tmp_path / "run", expected)
+
+
+def test_a_run_that_is_stopped_leaves_its_last_good_model_and_is_taken_up(tmp_path: Path) -> None:
+    expected = run_in_one_process(tmp_path / "inline", NODES, **CORRECTED)
+    first = run_in_one_process(tmp_path / "first", NODES, num_server_rounds=1, **CORRECTED)
+    with Federation(tmp_path / "federation") as federation:
+        start_nodes(federation)
+        run = Background(federation, config(tmp_path / "run", **CORRECTED))
+        run.wait_for_round(1)
+        federation.stop()
+        assert run.status() == "finished:stopped"
+        wait_for((tmp_path / "run" / "model.safetensors").exists, "the model")
+        wait_for(lambda: not apps(federation.superlink, "flwr-serverapp"), "the end of the ServerApp")
+        check_same_model(tmp_path / "run", first)
+        again = config(tmp_path / "run", **CORRECTED, resume=str(tmp_path / "run"))
+        assert federation.run(again) == COMPLETED
+    check_same_model(tmp_path / "run", expected)
+
+
+def break_off(federation: Federation, run: Background, kill: str, *, during_aggregation: bool) -> None:
+    """SIGKILL the SuperLink or the ServerApp after round 2, or in round 3 while one of two replies is there."""
+    if during_aggregation:
+        run.wait_for_round(2)
+        late = federation.nodes["site-1"]
+        late.send_signal(signal.SIGSTOP)
+        wait_for(lambda: [one for one in run.events("reply") if one["round"] == 3], "a reply in round 3")
+    else:
+        run.wait_for_round(2)
+    if kill == "superlink":
+        assert federation.superlink is not None
+        federation.superlink.kill()
+        federation.superlink.wait()
+    else:
+        (app,) = apps(federation.superlink, "flwr-serverapp")
+        app.kill()
+    if during_aggregation:
+        late.send_signal(signal.SIGCONT)
+    assert run.status() != COMPLETED
+    if kill == "superlink":
+        federation.start_superlink()
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 4
+    path.write_bytes(data)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("kill", "during_aggregation", "damage"),
+    [
+        ("superlink", True, flip_a_bit),
+        pytest.param("superlink", False, None, marks=pytest.mark.faults),
+        pytest.param("serverapp", True, cut_short, marks=pytest.mark.faults),
+        pytest.param("serverapp", False, None, marks=pytest.mark.faults),
+    ],
+)
+def test_a_killed_server_is_taken_up_from_its_newest_good_checkpoint(
+    tmp_path: Path, kill: str, during_aggregation: bool, damage: object
+) -> None:
+    settings = {**CORRECTED, "num_server_rounds": 4}
+    expected = run_in_one_process(tmp_path / "inline", NODES, **settings)
+    with Federation(tmp_path / "federation") as federation:
+        start_nodes(federation)
+        run = Background(federation, config(tmp_path / "run", **settings))
+        break_off(federation, run, kill, during_aggregation=during_aggregation)
+        newest = tmp_path / "run" / "checkpoints" / "round-2.safetensors"
+        assert newest.is_file()
+        if callable(damage):
+            damage(newest)
+        again = config(tmp_path / "run", **settings, resume=str(tmp_path / "run"))
+        assert federation.run(again) == COMPLETED
+        log = (tmp_path / "federation" / "flower.log").read_text()
+        assert f"taken up after round {1 if damage else 2} of" in log
+        if damage:
+            assert "a checkpoint cannot be used, the one before it is" in log
+    check_same_model(tmp_path / "run", expected)
+    assert [row["round"] for row in run.rows()] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.faults
+def test_a_killed_clientapp_costs_its_reply(tmp_path: Path) -> None:
+    with Federation(tmp_path / "federation") as federation:
+        start_nodes(federation)
+        run = Background(federation, config(tmp_path / "run"))
+        kill_app(federation, "site-1", run, 2)
+        assert run.status() == COMPLETED
+    assert clients(run) == [0, 2, 1, 2]
+    (left_out,) = run.events("left-out")
+    assert (left_out["round"], left_out["partition"]) == (2, 1)
+    check_same_model(tmp_path / "run", run_in_one_process(tmp_path / "inline", NODES, [(2, 1)]))
+
+
+@pytest.mark.faults
+def test_a_killed_supernode_costs_its_reply_and_comes_back(tmp_path: Path) -> None:
+    with Federation(tmp_path / "federation") as federation:
+        start_nodes(federation)
+        run = Background(federation, config(tmp_path / "run"))
+        run.wait_for_round(1)
+        wait_for(lambda: apps(federation.nodes["site-1"], "flwr-clientapp"), "a ClientApp")
+        federation.nodes["site-1"].kill()
+        federation.nodes["site-1"].wait()
+        federation.start_node("site-1", f"partition-id=1 num-partitions={NODES}")
+        assert run.status() == COMPLETED
+    assert clients(run) == [0, 2, 1, 2]
+    (left_out,) = run.events("left-out")
+    assert (left_out["round"], left_out["partition"]) == (2, 1)
+    log = (tmp_path / "federation" / "flower.log").read_text()
+    assert "several nodes hold the same partition" not in log
+    check_same_model(tmp_path / "run", run_in_one_process(tmp_path / "inline", NODES, [(2, 1)]))
+
+
+@pytest.mark.faults
+def test_a_killed_authenticated_supernode_comes_back_when_it_is_started_until_it_is_let_in(tmp_path: Path) -> None:
+    sites = [f"site-{number}" for number in range(NODES)]
+    make(tmp_path / "certificates", ["localhost", "127.0.0.1"], sites)
+    place = f"partition-id=1 num-partitions={NODES}"
+    with Federation(tmp_path / "federation", tmp_path / "certificates") as federation:
+        for site in sites:
+            federation.register(site)
+        start_nodes(federation)
+        run = Background(federation, config(tmp_path / "run", num_server_rounds=6, round_timeout=100.0))
+        run.wait_for_round(1)
+        federation.nodes["site-1"].kill()
+        federation.nodes["site-1"].wait()
+        tries = 0
+        end = time.monotonic() + 120
+        while time.monotonic() < end and len(run.events("left-out")) + 1 > 0:  # as a restart policy does
+            node, tries = federation.start_node("site-1", place), tries + 1
+            try:
+                node.wait(20)
+            except Exception:
+                break  # it has been let in, and stays
+        assert run.status() == COMPLETED
+        assert node.poll() is None
+    assert clients(run)[-1] == NODES
+    assert tries > 1
+
+
+@pytest.mark.faults
+def test_a_supernode_that_stalls_past_the_timeout_is_named_and_comes_back(tmp_path: Path) -> None:
+    settings = {"round_timeout": 25.0}
+    with Federation(tmp_path / "federation") as federation:
+        start_nodes(federation)
+        run = Background(federation, config(tmp_path / "run", **settings))
+        run.wait_for_round(1)
+        federation.nodes["site-1"].send_signal(signal.SIGSTOP)
+        run.wait_for_round(2)
+        federation.nodes["site-1"].send_signal(signal.SIGCONT)
+        assert run.status() == COMPLETED
+    (silent,) = run.events("silent")
+    assert (silent["round"], len(silent["nodes"])) == (2, 1)
+    assert "(partition 1)" in (tmp_path / "federation" / "flower.log").read_text()
+    assert clients(run) == [0, 2, 1, 2]
+    check_same_model(tmp_path / "run", run_in_one_process(tmp_path / "inline", NODES, [(2, 1)], **settings))
