@@ -8,6 +8,7 @@ makes in FOLDER
     ca.key               keep it off the server: who has it can pose as the server
     server.crt, .key     for the SuperLink, valid for the names and addresses of --server
     sites/lab, lab.pub   the key of a SuperNode, in OpenSSH's format, and the public half, which is registered
+    superexec.secret     by which SuperExecs are known to a SuperLink or SuperNode of `--isolation process`
 
 Private keys are readable by their owner alone (mode 600). What is there already is kept, so that sites can be
 added later; the server's certificate is made anew if its names are others.
@@ -17,6 +18,7 @@ import argparse
 import ipaddress
 import os
 import re
+import secrets
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -36,6 +38,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 _CURVE = ec.SECP384R1()
 """What Flower takes for the keys of SuperNodes; for certificates it serves as well."""
 _CA_DAYS = 3650
+_SECRET_BYTES = 32
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -80,6 +83,9 @@ def make(folder: Path, server: list[str], sites: list[str], days: int = 365) -> 
     made: list[Path] = []
     ca_key, ca = _authority(folder, made)
     _server(folder, names, days, ca_key, ca, made)
+    if not (secret := folder / "superexec.secret").exists():
+        _write_secret(secret, secrets.token_hex(_SECRET_BYTES).encode())
+        made.append(secret)
     for site in sites:
         private, public = folder / "sites" / site, folder / "sites" / f"{site}.pub"
         if not private.exists():
