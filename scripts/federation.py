@@ -1,8 +1,11 @@
 """A SuperLink and SuperNodes on this machine, as real processes that speak gRPC."""
 
 import json
+import shutil
 import subprocess
+from collections.abc import Mapping
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +16,21 @@ from .simulate import follow, run_status
 
 NAME = "federation"
 """Of the connection in Flower's own configuration file."""
+SPEAKS_GRPC = version("flwr").startswith("1.39.")
+"""Whether SuperNodes have a gRPC port of their own; on later releases all goes to one port, by HTTP."""
+
+
+_APPLICATION = ("client_app.py", "server_app.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+def copy_application(folder: Path, replaced: Mapping[str, str]) -> Path:
+    """The application in another folder (named by letters, digits, hyphens), with other texts for some files."""
+    shutil.copytree(CHECKOUT / "fedpm_flwr", folder / "fedpm_flwr", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in _APPLICATION:
+        shutil.copy(CHECKOUT / name, folder)
+    for name, text in replaced.items():
+        (folder / name).write_text(text)
+    return folder
 
 
 class Federation:
@@ -28,7 +46,8 @@ class Federation:
     def __init__(self, folder: Path, certificates: Path | None = None, checkout: Path = CHECKOUT) -> None:
         self.folder, self.certificates, self._checkout = folder, certificates, checkout
         self.home = folder / "flwr-home"
-        self.port, self.fleet_port, unused = free_ports(3)
+        self.port, fleet_port, unused = free_ports(3)
+        self.fleet_port = fleet_port if SPEAKS_GRPC else self.port
         self.variables = environment(self.home, self.port, unused)
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.superlink: subprocess.Popen[bytes] | None = None
@@ -63,7 +82,8 @@ class Federation:
     def start_superlink(self) -> None:
         """Start it, or start it again: its nodes and runs are in its database."""
         command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--fleet-api-type", "grpc-rere", "--fleet-api-address", f"127.0.0.1:{self.fleet_port}"]
+        if SPEAKS_GRPC:
+            command += ["--fleet-api-type", "grpc-rere", "--fleet-api-address", f"127.0.0.1:{self.fleet_port}"]
         command += ["--database", str(self.folder / "superlink.db")]
         if self.certificates is None:
             command += ["--insecure"]
@@ -99,11 +119,11 @@ class Federation:
     def log_of(self, site: str) -> Path:
         return self.folder / f"{site}.log"
 
-    def run(self, config: Config) -> str:
-        """Run the application, show its lines; returns Flower's word on how it ended."""
+    def run(self, config: Config, checkout: Path | None = None) -> str:
+        """Run the application, or another that lies elsewhere; returns Flower's word on how it ended."""
         settings = self.folder / "run-config.toml"
         settings.write_text(config.to_toml())
-        command = ["flwr", "run", str(self._checkout), NAME, "--stream", "--run-config", str(settings)]
+        command = ["flwr", "run", str(checkout or self._checkout), NAME, "--stream", "--run-config", str(settings)]
         follow(command, self.variables, self.folder / "flower.log")
         return run_status(self.variables, NAME)
 

@@ -11,6 +11,7 @@ import pytest
 
 from fedpm_flwr.tasks import client_data
 from scripts.certificates import make
+from scripts.federation import SPEAKS_GRPC
 from scripts.processes import CHECKOUT, of_home
 from scripts.simulate import follow, run_status
 from tests.compose import Service, services
@@ -18,6 +19,7 @@ from tests.compose import Service, services
 from .containers import Containers
 from .helpers import COMPLETED, check_same_model, config, run_in_one_process
 
+pytestmark = pytest.mark.skipif(not SPEAKS_GRPC, reason="the image has the Flower that speaks gRPC")
 NODES = 3
 SITES = [f"site-{number}" for number in range(1, NODES + 1)]
 SETTINGS: dict[str, Any] = {"num_server_rounds": 2, "min_available_nodes": NODES}
