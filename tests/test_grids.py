@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, 
 
 from fedpm_flwr import messages
 from fedpm_flwr.grids import StreamingGrid, UplinkMeter, WrappedGrid
+from fedpm_flwr.guarded import Guarded
 from fedpm_flwr.inline import InlineGrid, task_identity
 from fedpm_flwr.reproducible import PartitionOrderedGrid
 from fedpm_flwr.strategy import FedPM
@@ -280,7 +281,7 @@ def test_fedpm_holds_few_replies_whatever_their_number(strategy: type[FedAvg], m
 
 def test_a_wrapper_of_flowers_that_never_calls_our_start_gets_a_list() -> None:
     """Differential privacy's goes through the replies twice."""
-    strategy = DifferentialPrivacyServerSideFixedClipping(FedPM(), 0.0, 1e9, 4)
+    strategy = DifferentialPrivacyServerSideFixedClipping(Guarded(), 0.0, 1e9, 4)
     app = ClientApp()
 
     @app.train()

@@ -10,7 +10,17 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Krum, Strategy
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedMedian,
+    Krum,
+    Strategy,
+)
 from torch import Tensor, nn
 
 from fedpm_flwr import messages
@@ -430,3 +440,19 @@ def test_damping_bounds_are_inclusive() -> None:
 
     bounded = federate(breaking_client(reply), FedPM(damping_bounds=(0.1, 0.1)), make_model(), 2)
     assert set(bounded.arrays) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda strategy: DifferentialPrivacyServerSideFixedClipping(strategy, 0.1, 1.0, 4),
+        lambda strategy: DifferentialPrivacyClientSideFixedClipping(strategy, 0.1, 1.0, 4),
+        lambda strategy: DifferentialPrivacyServerSideAdaptiveClipping(strategy, 0.1, 4),
+        lambda strategy: DifferentialPrivacyClientSideAdaptiveClipping(strategy, 0.1, 4),
+    ],
+)
+def test_differential_privacy_that_would_not_cover_curvature_is_refused(
+    wrapped: Callable[[Strategy], Strategy],
+) -> None:
+    with pytest.raises(ValueError, match="protects parameters, not curvature: take a strategy without"):
+        federate(good_client(), wrapped(FedPM(fraction_evaluate=0.0)), make_model(), 4)
