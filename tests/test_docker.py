@@ -144,7 +144,7 @@ def test_what_runs_an_applications_code_sees_no_private_key(service: Service) ->
 def test_state_that_is_kept_is_each_ones_own() -> None:
     kept = services(("compose.yaml", "compose.tls.yaml", "compose.state.yaml"), VARIABLES)
     state = {name: service.mounts["/state"] for name, service in kept.items() if "/state" in service.mounts}
-    assert set(state) == {"superlink", "clientapp-1", "clientapp-2", "clientapp-3"}
+    assert set(state) == {"superlink", "serverapp", "clientapp-1", "clientapp-2", "clientapp-3"}
     assert all(one != other for one, other in combinations(state.values(), 2))
     nodes = [service for service in kept.values() if service.command[0] == "flower-supernode"]
     places = [str(service.option("--node-config")) for service in nodes]

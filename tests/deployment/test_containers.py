@@ -122,5 +122,5 @@ def test_hosts_of_a_server_and_three_sites(tmp_path: Path) -> None:
         containers.start_in_order("flower-supernode")
         containers.start_in_order("flower-superexec")
         check_same_model(train(containers), run_in_one_process(tmp_path / "inline", NODES, **SETTINGS))
-        assert (containers.folder / "volumes" / "state" / "superlink.db").is_file()
+        assert (containers.folder / "volumes" / "superlink-state" / "superlink.db").is_file()
     assert not of_home(containers.home)
