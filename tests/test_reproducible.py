@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor, nn
 
 from fedpm_flwr import messages
+from fedpm_flwr.inline import InlineGrid, task_identity
 from fedpm_flwr.reproducible import PartitionOrderedGrid
 from fedpm_flwr.strategy import FedPM
 
@@ -97,3 +98,33 @@ def test_a_node_that_does_not_answer_at_first_is_asked_again() -> None:
 
     federate(app, FedPM(), make_model(), 4, wrap=lambda grid: PartitionOrderedGrid(grid, 0))
     assert asked == {0: 1, 1: 1, 2: 2, 3: 1}
+
+
+def telling(tell: Callable[[int], int]) -> ClientApp:
+    """Answers only the question for its partition, by what ``tell`` makes of it."""
+    app = ClientApp()
+
+    @app.query(messages.PARTITION_ACTION)
+    def partition(message: Message, context: Context) -> Message:
+        context.node_config[messages.PARTITION_ID] = tell(messages.partition_of(context)[0])
+        return messages.partition_reply(message, context)
+
+    return app
+
+
+def test_nodes_that_come_back_under_new_ids_are_not_two_of_a_kind(caplog: pytest.LogCaptureFixture) -> None:
+    with task_identity(1):
+        first, second = (InlineGrid(telling(lambda own: own), 3, {}, seed=seed) for seed in (1, 2))
+        grid = PartitionOrderedGrid(first, 0)
+        before = grid.get_node_ids()
+        grid.inner = second
+        after = grid.get_node_ids()
+    assert not set(before) & set(after)
+    assert [grid.partition_of(node) for node in after] == [0, 1, 2]
+    assert "several nodes" not in caplog.text
+
+
+def test_nodes_with_the_same_partition_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    with task_identity(1):
+        PartitionOrderedGrid(InlineGrid(telling(lambda own: own // 2), 3, {}, seed=1), 0).get_node_ids()
+    assert "several nodes hold the same partition" in caplog.text
