@@ -8,7 +8,7 @@ makes in FOLDER
     ca.key               keep it off the server: who has it can pose as the server
     server.crt, .key     for the SuperLink, valid for the names and addresses of --server
     sites/lab, lab.pub   the key of a SuperNode, in OpenSSH's format, and the public half, which is registered
-    superexec.secret     by which SuperExecs are known to a SuperLink or SuperNode of `--isolation process`
+    superexec.secret     for the server: by it a SuperExec is known to a SuperLink of `--isolation process`
 
 Private keys are readable by their owner alone (mode 600). What is there already is kept, so that sites can be
 added later; the server's certificate is made anew if its names are others.
