@@ -1,5 +1,7 @@
 """Rounds that go on: what is left out, what is said, when it stops; under stock strategies too."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,10 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
 from torch import nn
 
 from fedpm_flwr import messages
+from fedpm_flwr.checkpointed import Checkpointed
+from fedpm_flwr.grids import WrappedGrid
 from fedpm_flwr.guarded import FailedRoundsError, Guarded
+from fedpm_flwr.inline import InlineGrid, task_identity
 from fedpm_flwr.strategy import FedPM
 
 from .apps import federate, ordered, reply_with, tell_partitions
@@ -210,3 +215,24 @@ def test_whole_numbers_that_would_wrap_around_are_refused(value: int, caplog: py
 
     federate(app, Guarded(), Counter(), 2)
     assert caplog.text.count("array 'n' has a value beyond 0 or 255") == 2
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_every_exchange_of_a_round_has_the_timeout_of_the_run(is_checkpointed: bool, tmp_path: Path) -> None:
+    """Those beside training too, whether the run is started by the strategy or by what is around it."""
+    seen: list[float | None] = []
+
+    class Recording(WrappedGrid):
+        def send_and_receive(
+            self, messages: Iterable[Message], *, timeout: float | None = None
+        ) -> Iterable[Message]:
+            seen.append(timeout)
+            return []
+
+    strategy = Guarded(min_train_nodes=1, min_available_nodes=1, fraction_evaluate=0.0)
+    started = Checkpointed(strategy, tmp_path) if is_checkpointed else strategy
+    with task_identity(1):
+        grid = InlineGrid(client({}), 2, {})
+        started.start(grid, ArrayRecord(make_model().state_dict()), num_rounds=1, timeout=7.0)
+    strategy.ask(2, Recording(grid), [], "phase", {})
+    assert seen == [7.0]
