@@ -44,7 +44,6 @@ def main(grid: Grid, context: Context) -> None:
     strategy = get_algorithm(config.algorithm).strategy(config)
     recorder = Recorder(report, meter, strategy)
     start = strategy.start
-    last = 0, ArrayRecord(model.state_dict())
     if config.checkpoint_every or config.resume:
         checkpointed = Checkpointed(
             strategy,
@@ -58,19 +57,17 @@ def main(grid: Grid, context: Context) -> None:
             report.say(f"taken up after round {checkpointed.resumed.server_round} of {config.resume}")
             for line in config.changed_since(checkpointed.resumed.settings):
                 report.say(line)
-            last = checkpointed.resumed.server_round, checkpointed.resumed.arrays
-            model.load_state_dict(last[1].to_torch_state_dict())
+            model.load_state_dict(checkpointed.resumed.arrays.to_torch_state_dict())
             recorder.restore(checkpointed.resumed.history.evaluate_metrics_serverapp)
         start = checkpointed.start
 
     def evaluate_global_model(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        nonlocal last
         model.load_state_dict(arrays.to_torch_state_dict())
         loss, accuracy = evaluate(model, test_batches, F.cross_entropy, device)
         tested = {"test-accuracy": accuracy, "test-loss": loss}
         if reference is not None:
             tested["distance"] = distance(model, reference)
-        last = server_round, arrays
+        report.keep(model.state_dict(), server_round)
         return recorder.end_round(server_round, tested)
 
     try:
@@ -87,6 +84,6 @@ def main(grid: Grid, context: Context) -> None:
         if not result.arrays:
             raise RuntimeError("no round gave a new model; the log says what was wrong with the replies")
     except BaseException:  # also SystemExit, as by `flwr stop`
-        report.save(last[1].to_torch_state_dict(), last[0])
+        report.close()
         raise
     report.finish(model.state_dict())

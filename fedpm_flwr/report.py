@@ -42,6 +42,7 @@ class RunReport:
         (self.folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
         self.rows: list[Row] = []
         self._config = config
+        self._kept: int | None = None
         self._board = _tensorboard(self.folder) if config.tensorboard else None
         self._started = self._round_started = time.monotonic()
         self.say(f"{config.algorithm} on {config.dataset}, {config.num_server_rounds} rounds -> {self.folder}")
@@ -63,22 +64,29 @@ class RunReport:
         self.say(self._line(row))
         return row
 
-    def save(self, state: "Mapping[str, Tensor]", server_round: int) -> None:
-        """Write the model of a round, and the plot."""
-        # Imported here: what only watches a run, as scripts/simulate.py does, need not wait for torch.
-        from safetensors.torch import save_file
+    def keep(self, state: "Mapping[str, Tensor]", server_round: int) -> None:
+        """Write the model of a round, in place of the one before: a run may be killed at any time."""
+        try:
+            self._write_model(state, server_round)
+        except OSError as error:
+            self.say(f"round {server_round}: the model could not be written, the run goes on: {error}")
 
-        from .wire import own_copies
-
-        save_file(own_copies(state), self.folder / "model.safetensors")
-        self.say(f"the model of round {server_round} is in {self.folder / 'model.safetensors'}")
+    def close(self) -> None:
+        """Draw the plot, and say which model there is."""
         label = f"{self._config.algorithm} on {self._config.dataset}"
         plot_curves({label: [self.rows]}, self.folder / "curves.png")
+        if self._kept is not None:
+            self.say(f"the model of round {self._kept} is in {self.folder / 'model.safetensors'}")
 
     def finish(self, state: "Mapping[str, Tensor]") -> None:
-        """Write the model and the plot, print the summary."""
+        """Write the model and the plot, print the summary.
+
+        Raises:
+            OSError: the model cannot be written.
+        """
         last = self.rows[-1]
-        self.save(state, int(last["round"]))
+        self._write_model(state, int(last["round"]))
+        self.close()
         best = max(self.rows, key=lambda row: row["test-accuracy"])
         uplink = sum(row["uplink-bytes"] for row in self.rows) / _MEGABYTE
         self.say(
@@ -91,6 +99,13 @@ class RunReport:
     def say(line: str) -> None:
         """Print a line that can be told from Flower's own."""
         print(PREFIX + line, flush=True)
+
+    def _write_model(self, state: "Mapping[str, Tensor]", server_round: int) -> None:
+        # Imported here: what only watches a run, as scripts/simulate.py does, need not wait for torch.
+        from .durable import write_tensors
+
+        write_tensors(self.folder / "model.safetensors", state, {"round": str(server_round)})
+        self._kept = server_round
 
     def _write_rows(self, newest: Row) -> None:
         if self._board is not None:

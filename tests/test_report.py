@@ -62,6 +62,24 @@ def test_a_disk_that_is_full_for_a_while_costs_no_row(
     assert [one["round"] for one in json.loads((tmp_path / "metrics.json").read_text())] == [0, 1]
 
 
+def test_a_model_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = RunReport(Config(output=str(tmp_path)))
+    report.add_round(0, {"test-accuracy": 0.5, "test-loss": 1.0, "clients": 0, "uplink-bytes": 0})
+    report.keep({"w": torch.zeros(2)}, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full_disk)
+        report.keep({"w": torch.ones(2)}, 1)
+        with pytest.raises(OSError, match="No space left"):
+            report.finish({"w": torch.ones(2)})
+    report.close()
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], torch.zeros(2))
+    said = capsys.readouterr().out
+    assert "round 1: the model could not be written, the run goes on: [Errno 28]" in said
+    assert "the model of round 0 is in" in said
+
+
 def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, Krum, Strategy
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import client_app
 import server_app
@@ -320,8 +321,10 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
 ) -> None:
     run(tmp_path / "whole" / "run", {})
 
-    def full(*arguments: object, **more: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
+        if Path(path).parent.name == "checkpoints":
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, metadata)
 
     folder = tmp_path / "full" / "run"
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "flwr"):
