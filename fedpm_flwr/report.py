@@ -104,7 +104,8 @@ class RunReport:
         # Imported here: what only watches a run, as scripts/simulate.py does, need not wait for torch.
         from .durable import write_tensors
 
-        write_tensors(self.folder / "model.safetensors", state, {"round": str(server_round)})
+        # No further text in it: safetensors writes texts in random order, and equal models are to be equal bytes.
+        write_tensors(self.folder / "model.safetensors", state, {})
         self._kept = server_round
 
     def _write_rows(self, newest: Row) -> None:
