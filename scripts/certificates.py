@@ -5,13 +5,14 @@
 makes in FOLDER
 
     ca.crt               what every site and every user of `flwr` checks the server by
-    ca.key               keep it off the server: who has it can pose as the server
+    ca.key               keep it off all these machines: who has it can pose as the server
     server.crt, .key     for the SuperLink, valid for the names and addresses of --server
     sites/lab, lab.pub   the key of a SuperNode, in OpenSSH's format, and the public half, which is registered
     superexec.secret     for the server: by it a SuperExec is known to a SuperLink of `--isolation process`
 
-Private keys are readable by their owner alone (mode 600). What is there already is kept, so that sites can be
-added later; the server's certificate is made anew if its names are others.
+Private keys are readable by their owner alone (mode 600), and git is told to leave the folder out. What is there
+already is kept, so that sites can be added later, for which ca.key need not be there. The server's certificate is
+made anew, with ca.key, if its names are others, if it has less than 30 days left, or if --days is given.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -38,6 +40,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 _CURVE = ec.SECP384R1()
 """What Flower takes for the keys of SuperNodes; for certificates it serves as well."""
 _CA_DAYS = 3650
+_SERVER_DAYS = 365
+_RENEWED_WHEN_LEFT = timedelta(days=30)
 _SECRET_BYTES = 32
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -52,7 +56,7 @@ def main() -> int:
     parser.add_argument("--server", required=True, help="host names and IP addresses of the SuperLink, by commas")
     parser.add_argument("--sites", default="", help="names of sites, by commas")
     parser.add_argument(
-        "--days", type=int, default=365, help="that the server's certificate is valid (default: 365)"
+        "--days", type=int, help=f"that the server's certificate is valid, from now on (default: {_SERVER_DAYS})"
     )
     arguments = parser.parse_args()
     try:
@@ -64,25 +68,26 @@ def main() -> int:
     return 0
 
 
-def make(folder: Path, server: list[str], sites: list[str], days: int = 365) -> list[Path]:
-    """Make what is missing; returns what was made.
+def make(folder: Path, server: list[str], sites: list[str], days: int | None = None) -> list[Path]:
+    """Make what is missing; returns what was made. ``days``: make the server's certificate anew, valid for these.
 
     Raises:
-        ValueError: a name that is not allowed.
+        ValueError: a name that is not allowed, or half of the CA is there and the other half is needed.
         OSError: the folder cannot be written to.
     """
     if not server:
         raise ValueError("--server names no host; the certificate is valid for these names and addresses only")
-    if days < 1:
+    if days is not None and days < 1:
         raise ValueError(f"--days={days} is not allowed; allowed: >= 1")
     for site in sites:
         if not _SITE.fullmatch(site):
             raise ValueError(f"--sites: {site!r:.80} is not allowed; allowed: A-Z a-z 0-9 _ -, at most 64")
     names = [_name(host) for host in server]
-    (folder / "sites").mkdir(parents=True, exist_ok=True, mode=0o700)
+    (folder / "sites").mkdir(parents=True, exist_ok=True)
+    if not (ignored := folder / ".gitignore").exists():
+        ignored.write_text("*\n")
     made: list[Path] = []
-    ca_key, ca = _authority(folder, made)
-    _server(folder, names, days, ca_key, ca, made)
+    _server(folder, names, days, made)
     if not (secret := folder / "superexec.secret").exists():
         _write_secret(secret, secrets.token_hex(_SECRET_BYTES).encode())
         made.append(secret)
@@ -91,17 +96,21 @@ def make(folder: Path, server: list[str], sites: list[str], days: int = 365) -> 
         if not private.exists():
             key = ec.generate_private_key(_CURVE)
             _write_secret(private, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-            public.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n")
+            _write_public(public, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n")
             made += [private, public]
     return made
 
 
-def _authority(folder: Path, made: list[Path]) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+def _authority(folder: Path, why: str, made: list[Path]) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    """The CA, to sign with; made if nothing of one is there: sites that know a CA know no other."""
     key_path, path = folder / "ca.key", folder / "ca.crt"
     if key_path.exists() and path.exists():
         key = load_pem_private_key(key_path.read_bytes(), password=None)
         assert isinstance(key, ec.EllipticCurvePrivateKey)  # our own
         return key, x509.load_pem_x509_certificate(path.read_bytes())
+    for missing, other in ((key_path, path), (path, key_path)):
+        if other.exists():
+            raise ValueError(f"{missing} is not here; it is needed to sign server.crt, because {why}")
     key = ec.generate_private_key(_CURVE)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedpm-flwr deployment CA")])
     usage = x509.KeyUsage(
@@ -123,28 +132,21 @@ def _authority(folder: Path, made: list[Path]) -> tuple[ec.EllipticCurvePrivateK
         .sign(key, hashes.SHA384())
     )
     _write_secret(key_path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    path.write_bytes(certificate.public_bytes(Encoding.PEM))
+    _write_public(path, certificate.public_bytes(Encoding.PEM))
     made += [key_path, path]
     return key, certificate
 
 
-def _server(
-    folder: Path,
-    names: list[x509.GeneralName],
-    days: int,
-    ca_key: ec.EllipticCurvePrivateKey,
-    ca: x509.Certificate,
-    made: list[Path],
-) -> None:
+def _server(folder: Path, names: list[x509.GeneralName], days: int | None, made: list[Path]) -> None:
     key_path, path = folder / "server.key", folder / "server.crt"
-    if key_path.exists() and path.exists():
-        old = x509.load_pem_x509_certificate(path.read_bytes())
-        if set(old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value) == set(names):
-            return
+    why = "--days is given" if days is not None else _why_anew(folder, names)
+    if not why:
+        return
+    ca_key, ca = _authority(folder, why, made)
     key = ec.generate_private_key(_CURVE)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, str(names[0].value)[:64])])
     certificate = (
-        _builder(subject, ca.subject, key.public_key(), days)
+        _builder(subject, ca.subject, key.public_key(), days or _SERVER_DAYS)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -152,8 +154,25 @@ def _server(
         .sign(ca_key, hashes.SHA384())
     )
     _write_secret(key_path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    path.write_bytes(certificate.public_bytes(Encoding.PEM))
+    _write_public(path, certificate.public_bytes(Encoding.PEM))
     made += [key_path, path]
+
+
+def _why_anew(folder: Path, names: list[x509.GeneralName]) -> str:
+    """What is wrong with the server's certificate that is there; empty: nothing."""
+    for name in ("server.crt", "server.key", "ca.crt"):
+        if not (folder / name).exists():
+            return f"there is no {name}"
+    old, ca = (x509.load_pem_x509_certificate((folder / name).read_bytes()) for name in ("server.crt", "ca.crt"))
+    try:
+        old.verify_directly_issued_by(ca)
+    except (InvalidSignature, ValueError, TypeError):
+        return "ca.crt is another's"
+    if set(old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value) != set(names):
+        return "it is valid for other names"
+    if old.not_valid_after_utc - datetime.now(UTC) < _RENEWED_WHEN_LEFT:
+        return f"it is valid until {old.not_valid_after_utc:%Y-%m-%d} only"
+    return ""
 
 
 def _builder(
@@ -184,6 +203,12 @@ def _write_secret(path: Path, data: bytes) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "wb") as file:
         file.write(data)
+
+
+def _write_public(path: Path, data: bytes) -> None:
+    """Readable by all, whatever the umask: users in containers are others than the one who makes it."""
+    path.write_bytes(data)
+    path.chmod(0o644)
 
 
 def _words(text: str) -> list[str]:

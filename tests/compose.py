@@ -23,7 +23,8 @@ class Service:
     """What, by where in the container: a path of the host, or the name of a volume."""
     read_only: set[str]
     ports: list[str]
-    after: set[str]
+    after: dict[str, str]
+    """The services that are to be there first, and how: ``service_started`` or ``service_healthy``."""
     settings: dict[str, Any] = field(default_factory=dict)
 
     def option(self, flag: str) -> str | None:
@@ -61,9 +62,7 @@ def _service(name: str, content: dict[str, Any], declared: set[str]) -> Service:
         mounts=mounts,
         read_only=read_only,
         ports=[str(port) for port in content.get("ports", ())],
-        after={
-            other for other, how in content.get("depends_on", {}).items() if how["condition"] == "service_healthy"
-        },
+        after={other: how["condition"] for other, how in content.get("depends_on", {}).items()},
         settings=content,
     )
 

@@ -19,15 +19,10 @@ from fedpm_flwr import __version__
 from .compose import DOCKER, Service, services
 
 ROOT = DOCKER.parent
-VARIABLES = {
-    "KEYS": "/keys-of-the-host",
-    "SITE": "lab",
-    "SUPERLINK": "superlink.example.org:9092",
-    "PARTITION": "0",
-    "PARTITIONS": "3",
-    "DATA": "/srv/lab",
-    "DATA_FILE": "site.npz",
-}
+GUIDE = (ROOT / "docs" / "deployment.md").read_text()
+(_COMMAND,) = re.findall(r"^ +(SUPERLINK=.*) \\\n.*compose\.client\.yaml", GUIDE, flags=re.MULTILINE)
+VARIABLES = dict(word.split("=") for word in _COMMAND.split())
+"""What the guide tells a site to say."""
 SETS = (
     ("compose.yaml",),
     ("compose.yaml", "compose.state.yaml"),
@@ -112,7 +107,9 @@ def test_who_calls_whom(files: tuple[str, ...]) -> None:
             assert ("--auth-supernode-private-key" in service.flags) == ("--enable-supernode-auth" in called.flags)
         assert ("--root-certificates" in service.flags) == is_tls
         assert ("--insecure" in service.flags) == (not is_tls)
-        assert host in service.after
+        # Compose gives up if a container that another waits for is not healthy, which takes a registered key.
+        is_let_in_later = called.command[0] == "flower-supernode"
+        assert service.after == {host: "service_started" if is_let_in_later else "service_healthy"}
 
 
 @pytest.mark.parametrize("service", ALL)
@@ -133,12 +130,20 @@ def test_ports_and_paths(service: Service) -> None:
 @pytest.mark.parametrize("service", ALL)
 def test_what_runs_an_applications_code_sees_no_private_key(service: Service) -> None:
     seen = set(service.mounts.values())
-    assert VARIABLES["KEYS"] not in seen
+    keys_are_in = [Path(VARIABLES["KEYS"]), *Path(VARIABLES["KEYS"]).parents]
+    assert not {str(folder) for folder in keys_are_in} & {source.rstrip("/") or "/" for source in seen}
     assert not any(source.endswith("ca.key") for source in seen)
     assert all(target in service.read_only for target in service.mounts if target.startswith(("/keys", "/data")))
     if service.command[0] == "flower-superexec":
         keys = {source.removeprefix(VARIABLES["KEYS"]) for source in seen if source.startswith(VARIABLES["KEYS"])}
         assert keys <= {"/ca.crt", "/superexec.secret"}
+
+
+def test_keys_beside_the_data_are_not_mounted_with_it() -> None:
+    keys = Path(VARIABLES["DATA"]) / "keys"
+    clientapp = services(["compose.client.yaml"], {**VARIABLES, "KEYS": str(keys)})["clientapp"]
+    paths = {Path(source) for source in clientapp.mounts.values() if source.startswith("/")}
+    assert paths == {keys / "superexec.secret", Path(VARIABLES["DATA"]) / VARIABLES["DATA_FILE"]}
 
 
 def test_state_that_is_kept_is_each_ones_own() -> None:

@@ -5,13 +5,17 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from scripts.processes import environment, start, stop_all, wait_until
 from tests.compose import DOCKER, Service
 
 _NETWORKS = itertools.count(os.getpid() % 200 + 20)
+_HEALTHY_S = 120
 _CONTAINER_PATH = re.compile(r"(?<![\w./])/(?=(keys|data|state|output)\b)")
 
 
@@ -25,7 +29,8 @@ class Containers:
         self.folder, self._services, self._network = folder, services, f"127.{next(_NETWORKS)}.0"
         self.home = folder / "flwr-home"
         self.variables = environment(self.home, 1, 1)
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.restarts: Counter[str] = Counter()
 
     def __enter__(self) -> "Containers":
         self.home.mkdir(parents=True)
@@ -35,7 +40,7 @@ class Containers:
 
     def __exit__(self, *_: object) -> None:
         stop_all(self.home)
-        for process in self._processes:
+        for process in self._processes.values():
             process.wait()
 
     def address_of(self, service: str) -> str:
@@ -47,22 +52,32 @@ class Containers:
     def log_of(self, service: str) -> Path:
         return self.folder / f"{service}.log"
 
-    def start_in_order(self, *programs: str) -> None:
-        """Start the services of these commands (none: of all), each after those that it waits for."""
-        waiting = [one for one in self._services.values() if not programs or one.command[0] in programs]
-        names, started = {one.name for one in waiting}, set[str]()
+    def up(self) -> None:
+        """Start all services, each when those that it waits for are as it wants them."""
+        waiting = list(self._services.values())
         while waiting:
-            service = next(one for one in waiting if one.after & names <= started)
+            service = next(one for one in waiting if not one.after.keys() & {other.name for other in waiting})
             waiting.remove(service)
-            self.start(service.name)
-            started.add(service.name)
+            for other, how in service.after.items():
+                if how == "service_healthy":
+                    process = self._processes[other]
+                    wait_until(partial(self.is_healthy, other), process, other, self.log_of(other))
+            self._start(service.name)
 
-    def start(self, name: str) -> None:
-        """Start a service and wait until it is healthy."""
+    def wait_until_healthy(self) -> None:
+        """Until all are, as their restart policy has it: those that end are started again."""
+        end = time.monotonic() + _HEALTHY_S
+        while unhealthy := [name for name in self._services if not self.is_healthy(name)]:
+            assert time.monotonic() < end, {name: self.log_of(name).read_text()[-2000:] for name in unhealthy}
+            for name in unhealthy:
+                if self._processes[name].poll() is not None:
+                    self.restarts[name] += 1
+                    self._start(name)
+            time.sleep(0.5)
+
+    def _start(self, name: str) -> None:
         command = [self._translated(self._services[name], word) for word in self._services[name].command]
-        process = start(command, self.variables, self.log_of(name))
-        self._processes.append(process)
-        wait_until(lambda: self.is_healthy(name), process, name, self.log_of(name))
+        self._processes[name] = start(command, self.variables, self.log_of(name))
 
     def is_healthy(self, name: str) -> bool:
         """What the image's own health check says."""

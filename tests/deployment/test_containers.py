@@ -22,6 +22,7 @@ from .helpers import COMPLETED, check_same_model, config, run_in_one_process
 pytestmark = pytest.mark.skipif(not SPEAKS_GRPC, reason="the image has the Flower that speaks gRPC")
 NODES = 3
 SITES = [f"site-{number}" for number in range(1, NODES + 1)]
+NODE_NAMES = {f"supernode-{number}" for number in range(1, NODES + 1)}
 SETTINGS: dict[str, Any] = {"num_server_rounds": 2, "min_available_nodes": NODES}
 
 
@@ -67,12 +68,11 @@ def test_everything_on_one_host(tmp_path: Path, files: tuple[str, ...]) -> None:
     if keys:
         make(keys, ["superlink", "localhost", "127.0.0.1", containers.address_of("superlink")], SITES)
     with containers:
-        containers.start("superlink")
+        containers.up()
         connect(containers, keys)
-        containers.start("serverapp")
-        containers.start_in_order("flower-supernode")
-        for number in range(1, NODES + 1):
-            containers.start(f"clientapp-{number}")
+        containers.wait_until_healthy()
+        refused = NODE_NAMES & set(containers.restarts)
+        assert refused == (NODE_NAMES if keys else set()), "before their keys are registered, and only then"
         check_same_model(train(containers), run_in_one_process(tmp_path / "inline", NODES, **SETTINGS))
         volumes = containers.folder / "volumes"
         assert (volumes / "output" / "run" / "model.safetensors").is_file()
@@ -117,10 +117,10 @@ def test_hosts_of_a_server_and_three_sites(tmp_path: Path) -> None:
     containers = Containers(tmp_path / "hosts", all_of_them)
     make(keys, ["superlink", "localhost", "127.0.0.1", containers.address_of("superlink")], SITES)
     with containers:
-        containers.start("superlink")
+        containers.up()
         connect(containers, keys)
-        containers.start_in_order("flower-supernode")
-        containers.start_in_order("flower-superexec")
+        containers.wait_until_healthy()
+        assert set(containers.restarts) >= NODE_NAMES, "they are refused before their keys are registered"
         check_same_model(train(containers), run_in_one_process(tmp_path / "inline", NODES, **SETTINGS))
         assert (containers.folder / "volumes" / "superlink-state" / "superlink.db").is_file()
     assert not of_home(containers.home)
