@@ -12,7 +12,6 @@ from fedpm_flwr.algorithms import get_algorithm
 from fedpm_flwr.config import Config
 from fedpm_flwr.method import Job
 from fedpm_flwr.packing import packed_arrays
-from fedpm_flwr.state import ClientState
 from fedpm_flwr.tasks import Examples, Form, build_model, client_data, site_data
 from fedpm_flwr.training import derive_seed, evaluate, loader, pick_device, reproducible
 
@@ -62,7 +61,6 @@ def _job(config: Config, message: Message, context: Context, device: torch.devic
     model = build_model(config.model, form.input_shape, form.classes, config.seed, form.input_dtype)
     model.to(getattr(torch, config.dtype))
     model.load_state_dict(message.content.array_records[messages.ARRAYS].to_torch_state_dict())
-    experiment = messages.asked(message, messages.EXPERIMENT) or "unnamed"
     client = f"partition-{messages.partition_of(context)[0]}"
     return Job(
         config=config,
@@ -75,7 +73,7 @@ def _job(config: Config, message: Message, context: Context, device: torch.devic
         loss=F.cross_entropy,
         device=device,
         seed=seed,
-        state=ClientState(messages.state_folder(context), experiment, client),
+        state=messages.client_state(message, messages.state_folder(context), client),
     )
 
 

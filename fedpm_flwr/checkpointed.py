@@ -31,7 +31,7 @@ from flwr.serverapp.strategy import (
 from .checkpoint import Checkpoint, Checkpoints
 from .events import event
 from .grids import StreamingGrid
-from .guarded import Guarded
+from .guarded import Guarded, forked
 from .report import PREFIX
 from .reproducible import PartitionOrderedGrid
 
@@ -155,9 +155,9 @@ class Checkpointed(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As the strategy; clients are told how old states may be asked for."""
+        """As the strategy; clients are told which states may be asked for again."""
         if isinstance(self.strategy, Guarded):
-            self.strategy.resumable = min(self._checkpoints.rounds(), default=0)
+            self.strategy.checkpoints = self._checkpoints.rounds()
         return self.strategy.configure_train(server_round + self._offset, arrays, config, grid)
 
     def aggregate_train(
@@ -217,7 +217,7 @@ class Checkpointed(Strategy):
         if checkpoint.strategy != name:
             raise ValueError(f"the checkpoint is of the strategy {checkpoint.strategy}, not {name}")
         if isinstance(self.strategy, Guarded):
-            self.strategy.recall(checkpoint.memory)
+            self.strategy.recall(forked(checkpoint.memory, checkpoint.server_round))
         else:
             for attribute, value in checkpoint.memory.items():
                 setattr(self.strategy, attribute, value)

@@ -7,7 +7,6 @@ always belongs together, and costs no exchange of its own. docs/algorithm.md der
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from flwr.app import ConfigRecord, Message
@@ -67,16 +66,15 @@ class Variates:
     cᵢ of the round before still stand, here and there.
 
     Args:
-        folder: of the states of all runs (``state.ClientState``); None: the default one.
-        run: the run's name.
+        run: its name.
+        state_of: where in that run a client's cᵢ are kept.
     """
 
-    def __init__(self, folder: Path | None, run: str) -> None:
-        self._folder, self.run = folder, run
+    def __init__(self, run: str, state_of: Callable[[int], ClientState]) -> None:
+        self.run, self._state = run, state_of
         self.newest: dict[int, tuple[int, float]] = {}
         """By client: the round of its cᵢ, and wᵢ."""
         self._added: dict[int, tuple[int, float]] = {}
-        self._resumable: int | None = None
 
     def mean(self) -> dict[str, Tensor]:
         """c = Σ wᵢcᵢ / Σ wᵢ, by parameter name; empty: no client has been seen.
@@ -101,13 +99,12 @@ class Variates:
         requests: Iterable[Message],
         dtypes: Mapping[str, torch.dtype],
         client_of: Callable[[int], int],
-        resumable: int | None = None,
     ) -> list[Message]:
         """The requests with c in the model's dtypes, and the round of the cᵢ that it counts for each client.
 
-        ``client_of``: which client a node is; ``resumable``: as for ``ClientState.save``.
+        ``client_of``: which client a node is.
         """
-        self._added, self._resumable = {}, resumable
+        self._added = {}
         common = as_record(self.mean(), dtypes)
         return [
             with_extra(request, common, {VARIATE_ROUND: self.newest[client][0]})
@@ -121,7 +118,7 @@ class Variates:
         """Write a client's new cᵢ to disk; if that fails, its last one stands, and the log says so."""
         try:
             counted, _ = self.newest.get(client, (None, 0.0))
-            self._state(client).save(server_round, variate, counted, self._resumable)
+            self._state(client).save(server_round, variate, counted)
         except OSError as error:
             _log.warning("a control variate could not be written, the client's last one stands: %s", error)
             return
@@ -131,9 +128,6 @@ class Variates:
         """Let the cᵢ that were added replace those before them."""
         self.newest |= self._added
         self._added = {}
-
-    def _state(self, client: int) -> ClientState:
-        return ClientState(self._folder, self.run, f"server-{client}")
 
 
 def as_record(common: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> ConfigRecord:

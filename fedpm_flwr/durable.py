@@ -3,8 +3,10 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,17 +55,30 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         OSError: the file cannot be read.
         DamagedFileError: it is not as it was written.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            names: list[str] = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise DamagedFileError(f"{path}: not a safetensors file, or cut short: {error}") from error
+    with _opened(path) as file:
+        metadata: dict[str, str] = file.metadata() or {}
+        names: list[str] = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
     digest = metadata.pop(_DIGEST, None)
     if digest != _digest(tensors, metadata):
         raise DamagedFileError(f"{path}: its contents are not those that were written (SHA-256)")
     return tensors, metadata
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text alone, without a look at whether it has changed; otherwise as ``read_tensors``."""
+    with _opened(path) as file:
+        metadata: dict[str, str] = file.metadata() or {}
+    return metadata
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise DamagedFileError(f"{path}: not a safetensors file, or cut short: {error}") from error
 
 
 def remove_parts(folder: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -17,9 +18,11 @@ from .events import event
 from .grids import StreamingGrid
 from .replies import ReplyError, Update, read_metrics, read_update, with_common_metrics
 from .report import PREFIX, one_line
+from .state import ClientState
 
 _log = logging.getLogger("flwr")
 _Read = TypeVar("_Read")
+_MEMORY = ("experiment", "forked_from", "failed_rounds")
 
 
 class FailedRoundsError(RuntimeError):
@@ -61,8 +64,11 @@ class Guarded(FedAvg):
         self._theta: dict[str, Tensor] = {}
         self.experiment = ""
         """A name of the run, by which clients keep their state; another one in every run."""
-        self.resumable: int | None = None
-        """The oldest round that the run may be taken up after again: clients keep their states of then."""
+        self.forked_from: list[tuple[str, int]] = []
+        """The run whose checkpoint this one began at, and its round; then that run's own origin, and so on. To
+        clients a run that is taken up again is another one: what they did after the checkpoint does not count."""
+        self.checkpoints: list[int] | None = None
+        """The rounds that the run may be taken up after again: clients keep their states of then. None: never."""
         self.timeout: float | None = 3600.0
         """Seconds that an exchange of messages may take: Flower's own for a round, or as ``start`` is given."""
         self._asked = False
@@ -92,7 +98,7 @@ class Guarded(FedAvg):
         self._theta = arrays.to_torch_state_dict()
         self._partition_of = getattr(grid, "partition_of", _unknown)
         if server_round == 1 or not self.experiment:
-            self.experiment = uuid.uuid4().hex
+            self.experiment, self.forked_from = uuid.uuid4().hex, []
         requests = list(super().configure_train(server_round, arrays, self._named(config), grid))
         self._asked = bool(requests)
         return requests
@@ -161,9 +167,7 @@ class Guarded(FedAvg):
 
     def remembered(self) -> dict[str, Any]:
         """What later rounds need: numbers, text, bytes, tensors, Flower's records, and lists and dicts of them."""
-        return {"experiment": self.experiment, "failed_rounds": self.failed_rounds} | {
-            name: getattr(self, name) for name in self.memory
-        }
+        return {name: getattr(self, name) for name in (*_MEMORY, *self.memory)}
 
     def recall(self, remembered: Mapping[str, Any]) -> None:
         """Go on from what another strategy of this kind has remembered.
@@ -173,13 +177,18 @@ class Guarded(FedAvg):
         """
         if set(remembered) != set(self.remembered()):
             raise ValueError(f"it remembers {sorted(remembered)}, not {sorted(self.remembered())}")
-        for name in ("experiment", "failed_rounds", *self.memory):
+        for name in (*_MEMORY, *self.memory):
             setattr(self, name, remembered[name])
 
     def client_of(self, node: int) -> int:
         """By what a client is known through the run: its partition, which outlives its node; else its node."""
         partition = self._partition_of(node)
         return node if partition is None else partition
+
+    def state_of(self, folder: Path | None, client: int) -> ClientState:
+        """What this server itself keeps of a client, on disk (``folder`` as for ``ClientState``)."""
+        name, checkpoints = f"server-{client}", self.checkpoints or ()
+        return ClientState(folder, self.experiment, name, checkpoints=checkpoints, forked_from=self.forked_from)
 
     def read(self, reply: Message) -> Update:
         """The checked update in a training reply.
@@ -217,8 +226,11 @@ class Guarded(FedAvg):
 
     def _named(self, config: ConfigRecord) -> ConfigRecord:
         named = ConfigRecord({**config, messages.EXPERIMENT: self.experiment or "unnamed"})
-        if self.resumable is not None:
-            named[messages.RESUMABLE] = self.resumable
+        if self.checkpoints is not None:
+            # Never empty: Flower cannot count the bytes of empty text.
+            named[messages.CHECKPOINTS] = " ".join(map(str, self.checkpoints)) or "none"
+        if self.forked_from:
+            named[messages.FORKED_FROM] = " ".join(f"{run}/{number}" for run, number in self.forked_from)
         return named
 
     def _as_sent(self, arrays: ArrayRecord) -> ArrayRecord:
@@ -249,6 +261,12 @@ class Guarded(FedAvg):
         _log.warning(
             "%sround %d: left out the %s of %s: %s", PREFIX, server_round, what, place, reason, extra=facts
         )
+
+
+def forked(remembered: Mapping[str, Any], server_round: int) -> dict[str, Any]:
+    """What ``Guarded.remembered`` gave after a round, for a run that begins there."""
+    origin = (remembered["experiment"], server_round)
+    return {**remembered, "experiment": uuid.uuid4().hex, "forked_from": [origin, *remembered["forked_from"]]}
 
 
 def with_extra(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .curvature import LayerCurvature
+from .state import ClientState
 from .wire import encode, own_copies
 
 ARRAYS = "arrays"
@@ -32,8 +33,11 @@ CURVATURE_CODEC = "curvature-codec"
 """In the request's config: the codec that curvature shall travel in; absent: send none."""
 EXPERIMENT = "experiment"
 """In the request's config: a name that no other run has, by which clients keep their state."""
-RESUMABLE = "resumable-round"
-"""In the request's config: the oldest round that the run may be taken up after again; absent: none."""
+CHECKPOINTS = "checkpoints"
+"""In the request's config: the rounds that the run may be taken up after again, or ``none`` yet; absent: never."""
+FORKED_FROM = "forked-from"
+"""In the request's config, as ``name/round name/round``: the run whose checkpoint this one began at, the run that
+that one has its beginning from, and so on; absent: it began at round 1."""
 FORM = "form"
 """In the request's config: what the model's inputs look like, and how many classes there are."""
 PHASE = "phase"
@@ -80,10 +84,20 @@ def server_round_of(request: Message) -> int:
     raise ValueError(f"the request names no {SERVER_ROUND!r} as a whole number")
 
 
-def resumable_round(request: Message) -> int | None:
-    """The oldest round after which the run may be taken up again, if any."""
-    value = asked(request, RESUMABLE)
-    return None if value is None else int(value)
+def client_state(request: Message, folder: Path | None, client: str, run: str = "unnamed") -> ClientState:
+    """What a client keeps in the run that a request belongs to; ``run``: where the request does not name it.
+
+    Raises:
+        ValueError: a name is not allowed.
+    """
+    forked = [word.rpartition("/") for word in (asked(request, FORKED_FROM) or "").split()]
+    return ClientState(
+        folder,
+        asked(request, EXPERIMENT) or run,
+        client,
+        checkpoints=[int(word) for word in (asked(request, CHECKPOINTS) or "").split() if word != "none"],
+        forked_from=[(name, int(number)) for name, _, number in forked],
+    )
 
 
 def asked(request: Message, key: str) -> str | None:

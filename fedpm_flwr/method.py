@@ -106,7 +106,7 @@ class Job:
         ``counted``: the round whose state the server still counts on, until it counts this one's.
         """
         try:
-            self.state.save(self.server_round, tensors, counted, messages.resumable_round(self.request))
+            self.state.save(self.server_round, tensors, counted)
         except OSError as error:
             _log.warning("client state could not be written, later rounds go on without it: %s", error)
 

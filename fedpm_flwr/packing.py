@@ -32,7 +32,6 @@ from torch import Tensor
 from . import messages
 from .config import UPDATES
 from .grids import WrappedGrid
-from .state import ClientState
 from .wire.change import STORED, read_change, round_change
 
 PACKED = "packed-arrays"
@@ -323,23 +322,20 @@ class _Feedback:
     """What rounding has left out of a node's changes so far.
 
     The newest is kept, in place of the last; in a run that may be taken up again, where all nodes and the run
-    have new IDs, that of each round which it may be taken up after, under the names that stay.
+    have new IDs, by round, under the names that stay.
     """
 
     def __init__(self, request: Message, context: Context) -> None:
-        folder = messages.state_folder(context)
         run, client = str(context.run_id), f"node-{context.node_id}"
-        self._number, self._resumable = 0, messages.resumable_round(request)
-        self._before: int | None = None
-        if self._resumable is not None:
-            run = messages.asked(request, messages.EXPERIMENT) or run
+        self._number, self._before = 0, None
+        if messages.asked(request, messages.CHECKPOINTS) is not None:
             if messages.PARTITION_ID in context.node_config:
                 client = f"partition-{context.node_config[messages.PARTITION_ID]}"
             self._number = self._before = messages.server_round_of(request)
-        self._state = ClientState(folder, f"feedback-{run}", client)
+        self._state = messages.client_state(request, messages.state_folder(context), f"feedback-{client}", run)
 
     def load(self) -> dict[str, Tensor]:
         return self._state.load(before=self._before)
 
     def save(self, left_out: Mapping[str, Tensor]) -> None:
-        self._state.save(self._number, left_out, resumable=self._resumable)
+        self._state.save(self._number, left_out)

@@ -131,8 +131,8 @@ class FedPM(Guarded):
         if self.correction == "none":
             return requests
         if self._variates is None or self._variates.run != self.experiment:
-            self._variates = Variates(self.state_folder, self.experiment)
-        return self._variates.requests(requests, self._dtypes(), self.client_of, self.resumable)
+            self._variates = self._new_variates()
+        return self._variates.requests(requests, self._dtypes(), self.client_of)
 
     def remembered(self) -> dict[str, Any]:
         """As Guarded, and which of the clients' cᵢ, whose files stay in ``state_folder``, are in c."""
@@ -143,7 +143,7 @@ class FedPM(Guarded):
         """As Guarded."""
         super().recall(remembered)
         if self.correction == "control-variate":
-            self._variates = Variates(self.state_folder, self.experiment)
+            self._variates = self._new_variates()
             self._variates.newest = dict(remembered["variates"])
 
     def combine(
@@ -195,6 +195,9 @@ class FedPM(Guarded):
         )
         extra = read_variate(reply, self._shapes()) if self.correction == "control-variate" else {}
         return replace(update, layers=layers, extra=extra)
+
+    def _new_variates(self) -> Variates:
+        return Variates(self.experiment, lambda client: self.state_of(self.state_folder, client))
 
     def _with_fresh_variates(self, server_round: int, grid: Grid, requests: list[Message]) -> list[Message]:
         """Ask for ∇fᵢ(θ) first; the requests of those that tell it, with c = Σ wᵢ∇fᵢ(θ) of this round."""

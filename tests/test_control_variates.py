@@ -6,11 +6,16 @@ import pytest
 import torch
 
 from fedpm_flwr.control_variates import Variates, weighted_mean
+from fedpm_flwr.state import ClientState
 from fedpm_flwr.strategy import FedPM
 
 
+def variates_in(folder: Path) -> Variates:
+    return Variates("run", lambda client: ClientState(folder, "run", f"server-{client}"))
+
+
 def test_the_mean_is_over_every_client_ever_seen_and_each_counts_once(tmp_path: Path) -> None:
-    variates = Variates(tmp_path, "run")
+    variates = variates_in(tmp_path)
     assert variates.mean() == {}
     for node, value, weight in ((1, 1.0, 1.0), (2, 4.0, 3.0)):
         variates.add(node, 1, {"w": torch.tensor([value])}, weight)
@@ -27,7 +32,7 @@ def test_the_mean_is_over_every_client_ever_seen_and_each_counts_once(tmp_path: 
 
 
 def test_a_damaged_file_of_the_server_costs_that_client_alone(tmp_path: Path) -> None:
-    variates = Variates(tmp_path, "run")
+    variates = variates_in(tmp_path)
     for node in (1, 2, 3):
         variates.add(node, 1, {"w": torch.tensor([float(node)])}, 1.0)
     variates.commit()
@@ -38,7 +43,7 @@ def test_a_damaged_file_of_the_server_costs_that_client_alone(tmp_path: Path) ->
 
 
 def test_a_huge_gradient_leaves_no_trace_once_it_is_replaced(tmp_path: Path) -> None:
-    variates = Variates(tmp_path, "run")
+    variates = variates_in(tmp_path)
     for number, middle in ((1, 2.0), (2, 1e25), (3, 2.0)):
         for node, value in ((1, 1.0), (2, middle), (3, 3.0)):
             variates.add(node, number, {"w": torch.tensor([value], dtype=torch.float64)}, 1.0)
@@ -47,7 +52,7 @@ def test_a_huge_gradient_leaves_no_trace_once_it_is_replaced(tmp_path: Path) -> 
 
 
 def test_a_client_counts_by_its_newest_weight(tmp_path: Path) -> None:
-    variates = Variates(tmp_path, "run")
+    variates = variates_in(tmp_path)
     for number, weight in ((1, 1.0), (2, 9.0)):
         variates.add(1, number, {"w": torch.tensor([10.0])}, weight)
         variates.add(2, number, {"w": torch.tensor([0.0])}, 1.0)

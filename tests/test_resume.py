@@ -2,14 +2,14 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, Krum, Strategy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,7 +21,7 @@ from fedpm_flwr.checkpoint import Checkpoint, Checkpoints
 from fedpm_flwr.checkpointed import Checkpointed
 from fedpm_flwr.config import ALGORITHMS, Config
 from fedpm_flwr.durable import DamagedFileError
-from fedpm_flwr.inline import InlineGrid, run_inline, task_identity
+from fedpm_flwr.inline import Client, InlineGrid, run_inline, task_identity
 from fedpm_flwr.report import Row, RunReport
 from fedpm_flwr.reproducible import PartitionOrderedGrid
 from fedpm_flwr.strategy import FedPM
@@ -34,7 +34,7 @@ class PowerCutError(Exception):
     """Nobody catches it."""
 
 
-def run(folder: Path, settings: Settings, **more: object) -> None:
+def run(folder: Path, settings: Settings, client: Client = client_app.app, **more: object) -> None:
     given = {
         "dataset": "breast-cancer",
         "model": "linear",
@@ -47,10 +47,25 @@ def run(folder: Path, settings: Settings, **more: object) -> None:
         **settings,
         **more,
     }
-    run_inline(server_app.app, client_app.app, 4, Config.from_run_config(given).to_run_config())
+    run_inline(server_app.app, client, 4, Config.from_run_config(given).to_run_config())
 
 
-def break_off(folder: Path, settings: Settings, in_round: int, every: int = 2) -> None:
+def losing(lost: Mapping[int, Sequence[int]]) -> Client:
+    """Clients whose replies to training get lost: by round, the partitions."""
+
+    def client(message: Message, context: Context) -> Message:
+        reply = client_app.app(message, context)
+        is_train = message.metadata.message_type == MessageType.TRAIN
+        if is_train and messages.partition_of(context)[0] in lost.get(messages.server_round_of(message), ()):
+            raise ConnectionError("the reply is lost")
+        return reply
+
+    return client
+
+
+def break_off(
+    folder: Path, settings: Settings, in_round: int, every: int = 2, client: Client = client_app.app
+) -> None:
     """A run whose server dies after the clients of this round have replied."""
     add_round = RunReport.add_round
 
@@ -62,7 +77,7 @@ def break_off(folder: Path, settings: Settings, in_round: int, every: int = 2) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunReport, "add_round", dying)
         with pytest.raises(PowerCutError):
-            run(folder, settings, **{"checkpoint-every": every})
+            run(folder, settings, client, **{"checkpoint-every": every})
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -100,6 +115,40 @@ def test_a_run_taken_up_again_is_the_uninterrupted_run(case: str, tmp_path: Path
     break_off(broken, settings, in_round=4)
     run(resumed, settings, resume=str(broken))
     check_same(tmp_path / "whole" / "run", resumed)
+
+
+STATEFUL = ("fedpm-corrected", "scaffold", "fednl", "fednew", "pfedsop")
+
+
+@pytest.mark.parametrize("algorithm", STATEFUL)
+def test_likewise_where_a_client_lost_its_last_replies_before_the_checkpoint(
+    algorithm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the server counts on then is older than the client's last two states."""
+    settings, client = {"algorithm": algorithm}, losing({2: [1], 3: [1, 2]})
+    run(tmp_path / "whole" / "run", settings, client)
+    broken = tmp_path / "broken" / "run"
+    break_off(broken, settings, in_round=5, every=3, client=client)
+    run(broken, settings, client, resume=str(broken))
+    check_same(tmp_path / "whole" / "run", broken)
+    assert "the client goes on without it" not in caplog.text
+
+
+@pytest.mark.parametrize("case", [*STATEFUL, "half corrected", "int8"])
+def test_several_runs_begin_at_one_checkpoint(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """None takes from the others what clients keep; one of them is itself taken up by another."""
+    settings: Settings = {**CASES[case], "checkpoint-keep": 1}
+    run(tmp_path / "whole" / "run", settings)
+    broken = tmp_path / "broken" / "run"
+    break_off(broken, settings, in_round=3)
+    for name, changed in (("other", {"learning-rate": 0.01}), ("one", {})):
+        run(tmp_path / "broken" / name, {**settings, **changed, "checkpoint-every": 1}, resume=str(broken))
+    check_same(tmp_path / "whole" / "run", tmp_path / "broken" / "one")
+    child = tmp_path / "broken" / "child"
+    break_off(child, {**settings, "resume": str(broken)}, in_round=4, every=1)
+    run(tmp_path / "broken" / "grandchild", {**settings, "checkpoint-every": 1}, resume=str(child))
+    check_same(tmp_path / "whole" / "run", tmp_path / "broken" / "grandchild")
+    assert "the client goes on without it" not in caplog.text
 
 
 def test_in_the_same_folder_twice_and_after_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,10 @@
 """What a client keeps: whole files, few of them, and none that is believed without being read."""
 
 import logging
+import random
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,78 @@ def test_the_round_that_is_counted_on_is_kept(tmp_path: Path) -> None:
     assert state.rounds() == [2, 4, 5]
     state.save(6, one(6), counted=5)
     assert state.rounds() == [5, 6]
+
+
+def test_what_a_run_that_is_taken_up_again_counts_on_is_kept_and_no_more(tmp_path: Path) -> None:
+    """Against a server that says what it counts on: rounds, lost replies and checkpoints drawn at random."""
+    drawn = random.Random(0)
+    most = 0
+    for case in range(150):
+        lives = count(1)
+        run, origins = "life-0", list[tuple[str, int]]()
+        number, counted, newest = 0, 0, 0
+        checkpoints: dict[int, tuple[str, list[tuple[str, int]], int, int]] = {}
+        for _ in range(25):
+            number += 1
+            if drawn.random() < 0.6:  # the client takes part; maybe its reply is lost
+                folder = tmp_path / str(case)
+                state = ClientState(folder, run, "a", checkpoints=checkpoints, forked_from=origins)
+                assert not counted or torch.equal(state.load(counted)["c"], one(counted)["c"])
+                assert max(state.rounds(), default=0) == newest
+                state.save(number, one(number), counted)
+                newest = number
+                most = max(most, len(state.rounds()))
+                counted = number if drawn.random() < 0.5 else counted
+            if drawn.random() < 0.5:
+                checkpoints[number] = run, origins, counted, newest
+                checkpoints = {old: checkpoints[old] for old in sorted(checkpoints)[-3:]}
+            if checkpoints and drawn.random() < 0.15 and next(lives) < 6:  # the server dies, and goes on
+                number = drawn.choice(list(checkpoints))
+                checkpoints = {old: what for old, what in checkpoints.items() if old <= number}
+                old_run, old_origins, counted, newest = checkpoints[number]
+                run, origins = f"life-{next(lives)}", [(old_run, number), *old_origins]
+    assert 4 < most <= 2 + 1 + 3 * 3
+
+
+def test_without_a_new_checkpoint_states_do_not_grow(tmp_path: Path) -> None:
+    for number in range(1, 30):
+        state = ClientState(tmp_path, "run", "a", checkpoints=[3])
+        state.save(number, one(number), counted=number - 1)
+    assert state.rounds() == [3, 4, 28, 29]
+
+
+def test_a_forked_run_has_states_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(1, 6):
+        ClientState(tmp_path, "first", "a", checkpoints=[3, 4]).save(number, one(number), number - 1)
+    first = {path: path.read_bytes() for path in (tmp_path / "first").rglob("*.safetensors")}
+
+    def forked(last: int) -> ClientState:
+        return ClientState(tmp_path, f"fork-{last}", "a", forked_from=[("none", 9), ("first", last), ("other", 1)])
+
+    assert forked(3).rounds() == [3]
+    assert forked(4).rounds() == [3, 4]
+    assert not list(tmp_path.glob("fork-*"))  # nothing is written where nothing is to be kept
+    forked(4).save(5, one(50.0), counted=4)
+    forked(4).save(6, one(60.0), counted=4)
+    assert forked(4).rounds() == [4, 5, 6]
+    assert torch.equal(forked(4).load(5)["c"], one(50.0)["c"])
+    assert torch.equal(forked(4).load(4)["c"], one(4.0)["c"])
+    assert {path: path.read_bytes() for path in (tmp_path / "first").rglob("*.safetensors")} == first
+    again = ClientState(tmp_path, "again", "a", forked_from=[("fork-4", 5), ("first", 4)])
+    assert again.rounds() == [4, 5]
+    assert not caplog.text
+    assert forked(3).load(4) == {}
+    assert "client state of round 4 is not in" in caplog.text
+    with pytest.raises(ValueError, match=r"run name '\.\./x' is not allowed"):
+        ClientState(tmp_path, "run", "a", forked_from=[("../x", 1)])
+
+
+def test_what_was_broken_off_while_it_was_written_is_removed(tmp_path: Path) -> None:
+    state = ClientState(tmp_path, "run", "a")
+    state.save(1, one(1.0))
+    (tmp_path / "run" / "a" / "tmpx.part").write_bytes(b"half")
+    state.save(2, one(2.0))
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_what_is_not_ours_is_never_deleted(tmp_path: Path) -> None:

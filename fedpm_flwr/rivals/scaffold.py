@@ -177,16 +177,21 @@ def client(job: Job) -> Message:
         key: own[key] - c[key] + (theta[key] - p.detach()) / length if _has_variate(p) else zeros[key]
         for key, p in arrays.items()
     }
-    job.keep(new)
+    job.keep(new, _counted_round(job))
     return job.reply(optimizer, {key: new[key] - own[key] for key in new})
 
 
 def _own_variate(job: Job) -> dict[str, Tensor]:
     """The cᵢ that the server's c has; empty: 0. Notes whether it is lost."""
-    counted = int(messages.asked(job.request, STATE_ROUND) or 0)
+    counted = _counted_round(job)
     own = job.state.load(counted) if counted else {}
     job.metrics[LOST] = int(counted > 0 and not own)
     return {key: value.to(job.device) for key, value in own.items()}
+
+
+def _counted_round(job: Job) -> int:
+    """The round whose cᵢ the server's c has; 0: none."""
+    return int(messages.asked(job.request, STATE_ROUND) or 0)
 
 
 def _has_variate(p: Tensor) -> bool:
