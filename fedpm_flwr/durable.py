@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,20 +24,24 @@ class DamagedFileError(ValueError):
     """A file is cut short, has changed, or is of another kind or version."""
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, private: bool = True
+) -> None:
     """A safetensors file with these tensors and this text, beside the SHA-256 of both.
 
     It is written under another name, flushed to the disk and renamed: who looks for ``path`` finds the old
-    file or the new one.
+    file or the new one. ``private``: readable by its user alone; else as other files are.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to; the old file is as it was.
     """
     own = own_copies(tensors)
-    handle, part = tempfile.mkstemp(dir=path.parent, suffix=_PART)
-    os.close(handle)
+    part = f"{path}.{uuid.uuid4().hex}{_PART}"
+    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))
+    mode = os.stat(part).st_mode & 0o777  # less what the umask takes; safetensors makes a file of its own
     try:
         save_file(own, part, {**metadata, _DIGEST: _digest(own, metadata)})
+        os.chmod(part, mode)
         _flush(Path(part))
         os.replace(part, path)
         _flush(path.parent)

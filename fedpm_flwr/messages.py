@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .curvature import LayerCurvature
+from .privacy import refuse_differential_privacy
 from .state import ClientState
 from .wire import encode, own_copies
 
@@ -117,11 +118,13 @@ def curvature_record(optimizer: Preconditioned, request: Message) -> ConfigRecor
     """What the optimizer preconditioned by, as the request wants it; empty if it wants none.
 
     Raises:
-        ValueError: the server asks for a codec that this version does not know.
+        ValueError: the server asks for a codec that this version does not know; or the ClientApp has one of
+            Flower's mods for differential privacy.
     """
     codec = asked_codec(request)
     if codec is None:
         return ConfigRecord()
+    refuse_differential_privacy()
     payload = encode(optimizer.preconditioners(), codec, _as_meta(request))
     return ConfigRecord({PAYLOAD: payload, VERSION: __version__})
 

@@ -15,6 +15,7 @@ from .guarded import Guarded
 from .objective import Objective
 from .optim import SecondOrder
 from .optimizers import second_order
+from .privacy import refuse_differential_privacy
 from .replies import read_tensors
 from .state import ClientState
 from .training import Batches, Loss, fit
@@ -129,11 +130,13 @@ class Job:
         """
         message = messages.train_reply(self.request, self.model, self.metrics, optimizer)
         if extra:
+            refuse_differential_privacy()
             message.content[messages.EXTRA] = messages.tensors_record(extra)
         return message
 
     def reply_tensors(self, extra: Mapping[str, Tensor]) -> Message:
         """A reply without the model: the metrics so far and these tensors."""
+        refuse_differential_privacy()
         content = RecordDict({messages.METRICS: MetricRecord({**self.metrics})})
         content[messages.EXTRA] = messages.tensors_record(extra)
         return Message(content, reply_to=self.request)

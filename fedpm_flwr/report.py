@@ -39,6 +39,8 @@ class RunReport:
     def __init__(self, config: Config) -> None:
         self.folder = _folder(config)
         self.folder.mkdir(parents=True, exist_ok=True)
+        for part in self.folder.glob("*.part"):  # of a run that was killed while it wrote
+            part.unlink(missing_ok=True)
         (self.folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
         self.rows: list[Row] = []
         self._config = config
@@ -105,7 +107,7 @@ class RunReport:
         from .durable import write_tensors
 
         # No further text in it: safetensors writes texts in random order, and equal models are to be equal bytes.
-        write_tensors(self.folder / "model.safetensors", state, {})
+        write_tensors(self.folder / "model.safetensors", state, {}, private=False)
         self._kept = server_round
 
     def _write_rows(self, newest: Row) -> None:

@@ -1,6 +1,5 @@
 """FedPM as a Flower strategy: FedAvg whose aggregation is preconditioned mixing."""
 
-import inspect
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from .control_variates import (
 )
 from .guarded import Guarded, with_extra
 from .mixing import ModelMixer
+from .privacy import refuse_differential_privacy
 from .replies import Update, read_curvature, read_metrics, with_common_metrics
 from .report import PREFIX
 from .training import pick_device
@@ -123,7 +123,7 @@ class FedPM(Guarded):
         Raises:
             ValueError: under one of Flower's wrappers for differential privacy.
         """
-        _refuse_differential_privacy()
+        refuse_differential_privacy()
         asking = ConfigRecord({**config, messages.CURVATURE_CODEC: self.codec})
         requests = list(super().configure_train(server_round, arrays, asking, grid))
         if self.correction == "fresh":
@@ -236,19 +236,3 @@ class FedPM(Guarded):
 
     def _weight(self, update: Update) -> float:
         return update.num_examples if self.weighting == "num-examples" else 1.0
-
-
-def _refuse_differential_privacy() -> None:
-    """Its wrappers clip parameters and add noise to them; curvature would pass as it is.
-
-    A strategy is not told that it is wrapped, so it looks who has called it.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = type(frame.f_locals.get("self"))
-        if caller.__module__.startswith("flwr.") and caller.__name__.startswith("DifferentialPrivacy"):
-            raise ValueError(
-                f"{caller.__name__} protects parameters, not curvature: take a strategy without curvature, "
-                "such as Guarded (algorithm localnewton), or FedPM without differential privacy"
-            )
-        frame = frame.f_back

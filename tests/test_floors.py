@@ -41,6 +41,7 @@ FLOORS = {
     "fedpm_flwr.wire": 1,
     "fedpm_flwr.mixing": 1,
     "fedpm_flwr.curvature": 0,
+    "fedpm_flwr.privacy": 0,
     "fedpm_flwr.config": 0,
     "fedpm_flwr": 0,
 }

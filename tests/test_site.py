@@ -1,7 +1,9 @@
 """The data of a site, read and checked; images in folders; what an operator is told."""
 
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,24 @@ def of_two_sizes(folder: Path) -> Path:
     return folder
 
 
+def of_wide_pixels(folder: Path, mode: str) -> Path:
+    images(folder, ["a", "b", "c"])
+    Image.new(mode, (4, 4), 300).save(folder / "c" / ("2.tif" if mode == "F" else "2.png"))
+    return folder
+
+
+def of_enormous_size(folder: Path) -> Path:
+    """A few bytes that say they are 20 000 × 20 000 pixels."""
+    images(folder, ["a", "b", "c"])
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0")), (b"IEND", b""))
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, data in chunks:
+        png += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    (folder / "b" / "9.png").write_bytes(png)
+    return folder
+
+
 def unreadable(path: Path) -> Path:
     path.write_text("one,two")
     return path
@@ -96,6 +116,15 @@ def unreadable(path: Path) -> Path:
 BAD: dict[str, tuple[Callable[[Path], Path | str], str]] = {
     "relative": (lambda folder: "data/a.npz", "data-path='data/a.npz' is not an absolute path"),
     "nothing": (lambda folder: folder / "none", "data-path='.*none': there is nothing here"),
+    "16 bits": (
+        lambda folder: of_wide_pixels(folder, "I;16"),
+        "2.png: an image of mode I;16; allowed: 8 bits a channel: 1, L",
+    ),
+    "floats": (
+        lambda folder: of_wide_pixels(folder, "F"),
+        r"2.tif: an image of mode F; allowed: 8 bits a channel",
+    ),
+    "a bomb": (of_enormous_size, r"9.png: not an image: Image size \(400000000 pixels\) exceeds limit"),
     "another kind": (lambda folder: unreadable(folder / "a.csv"), "neither a folder of images nor a .npz file"),
     "no npz": (lambda folder: unreadable(folder / "a.npz"), "a.npz: not a .npz file of plain arrays"),
     "no labels": (

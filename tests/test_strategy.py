@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
     DifferentialPrivacyClientSideFixedClipping,
@@ -442,6 +443,13 @@ def test_damping_bounds_are_inclusive() -> None:
     assert set(bounded.arrays) == {"weight", "bias"}
 
 
+class _OwnWrapper(DifferentialPrivacyServerSideFixedClipping):
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        return self.strategy.configure_train(server_round, arrays, config, grid)
+
+
 @pytest.mark.parametrize(
     "wrapped",
     [
@@ -449,6 +457,7 @@ def test_damping_bounds_are_inclusive() -> None:
         lambda strategy: DifferentialPrivacyClientSideFixedClipping(strategy, 0.1, 1.0, 4),
         lambda strategy: DifferentialPrivacyServerSideAdaptiveClipping(strategy, 0.1, 4),
         lambda strategy: DifferentialPrivacyClientSideAdaptiveClipping(strategy, 0.1, 4),
+        lambda strategy: _OwnWrapper(strategy, 0.1, 1.0, 4),
     ],
 )
 def test_differential_privacy_that_would_not_cover_curvature_is_refused(

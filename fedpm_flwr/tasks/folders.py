@@ -8,6 +8,8 @@ import torch
 from .examples import DataError, Examples, Split
 
 _PARTS = ("train", "test")
+_GREY = ("1", "L", "LA")
+_COLOUR = ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB")
 
 
 def load_folder(path: str) -> Split:
@@ -51,8 +53,17 @@ def read_folder(path: str) -> tuple[Examples, tuple[str, ...]]:
     for file, _ in folder.samples:
         try:
             with Image.open(file) as opened:
-                image = np.asarray(opened.convert("L" if opened.mode in ("1", "L", "I;16") else "RGB"))
-        except (OSError, ValueError, SyntaxError) as error:  # whatever is wrong with a file
+                mode = opened.mode
+                # Wider pixels would be cut off at 255, their scale is not known.
+                if mode not in _GREY + _COLOUR:
+                    raise DataError(
+                        f"{file}: an image of mode {mode}; allowed: 8 bits a channel: {', '.join(_GREY + _COLOUR)}"
+                    )
+                image = np.asarray(opened.convert("L" if mode in _GREY else "RGB"))
+        except DataError:
+            raise
+        # Whatever is wrong with a file.
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{file}: not an image: {error}") from error
         image = np.atleast_3d(image).transpose(2, 0, 1)
         if images and image.shape != images[0].shape:
