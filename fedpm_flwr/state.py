@@ -163,7 +163,9 @@ class ClientState:
 
     def _forget_old_runs(self) -> None:
         # The folder may be anybody's, and hold anything: only what carries our mark is ours to delete.
-        marked = [mark.parent for mark in self._root.glob(f"*/{_MARK}")]
+        marked = {mark.parent for mark in self._root.glob(f"*/{_MARK}")} - {
+            place.parent for place, _ in self._origins
+        }
         runs = sorted((run for run in marked if not run.is_symlink()), key=_last_used)
         for old in runs[: max(len(runs) - _KEPT_RUNS + 1, 0)]:
             shutil.rmtree(old, ignore_errors=True)

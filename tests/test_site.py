@@ -122,7 +122,7 @@ BAD: dict[str, tuple[Callable[[Path], Path | str], str]] = {
     ),
     "floats": (
         lambda folder: of_wide_pixels(folder, "F"),
-        r"2.tif: an image of mode F; allowed: 8 bits a channel",
+        "2.tif: an image of mode F; allowed: 8 bits",
     ),
     "a bomb": (of_enormous_size, r"9.png: not an image: Image size \(400000000 pixels\) exceeds limit"),
     "another kind": (lambda folder: unreadable(folder / "a.csv"), "neither a folder of images nor a .npz file"),

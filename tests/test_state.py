@@ -1,6 +1,7 @@
 """What a client keeps: whole files, few of them, and none that is believed without being read."""
 
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def test_what_a_run_that_is_taken_up_again_counts_on_is_kept_and_no_more(tmp_pat
     """Against a server that says what it counts on: rounds, lost replies and checkpoints drawn at random."""
     drawn = random.Random(0)
     most = 0
-    for case in range(150):
+    for case in range(50):
         lives = count(1)
         run, origins = "life-0", list[tuple[str, int]]()
         number, counted, newest = 0, 0, 0
@@ -113,6 +114,15 @@ def test_a_forked_run_has_states_of_its_own(tmp_path: Path, caplog: pytest.LogCa
     assert "client state of round 4 is not in" in caplog.text
     with pytest.raises(ValueError, match=r"run name '\.\./x' is not allowed"):
         ClientState(tmp_path, "run", "a", forked_from=[("../x", 1)])
+
+
+def test_the_run_that_another_begins_at_is_not_forgotten_then(tmp_path: Path) -> None:
+    ClientState(tmp_path, "first", "a").save(1, one(1.0))
+    for number in range(8):
+        os.utime(tmp_path / "first", (0, 0))
+        origins = [("first", 1)] if number == 7 else []
+        ClientState(tmp_path, f"run-{number}", "a", forked_from=origins).save(2, one(2.0))
+    assert ClientState(tmp_path, "run-7", "a").rounds() == [1, 2]
 
 
 def test_what_was_broken_off_while_it_was_written_is_removed(tmp_path: Path) -> None:
