@@ -18,7 +18,7 @@ def refuse_differential_privacy() -> None:
     frame = inspect.currentframe()
     while frame is not None:
         caller = type(frame.f_locals.get("self"))
-        places = {base.__module__: caller.__name__ for base in caller.__mro__}
+        places = {str(base.__module__): caller.__name__ for base in caller.__mro__}
         places[str(frame.f_globals.get("__name__"))] = frame.f_code.co_qualname.split(".")[0]
         for module, name in places.items():
             if _MODULES.match(module):
