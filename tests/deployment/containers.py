@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +63,14 @@ class Containers:
                     process = self._processes[other]
                     wait_until(partial(self.is_healthy, other), process, other, self.log_of(other))
             self._start(service.name)
+
+    def wait_until_refused(self, names: Collection[str]) -> None:
+        """Until all of these have ended, as SuperNodes do whose keys are not registered."""
+        for name in names:
+            try:
+                self._processes[name].wait(_HEALTHY_S)
+            except subprocess.TimeoutExpired as error:
+                raise AssertionError(f"{name} goes on:\n{self.log_of(name).read_text()[-2000:]}") from error
 
     def wait_until_healthy(self) -> None:
         """Until all are, as their restart policy has it: those that end are started again."""

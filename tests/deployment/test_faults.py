@@ -239,7 +239,7 @@ def test_a_killed_authenticated_supernode_comes_back_when_it_is_started_until_it
 
 @pytest.mark.faults
 def test_a_supernode_that_stalls_past_the_timeout_is_named_and_comes_back(tmp_path: Path) -> None:
-    settings = {"round_timeout": 25.0}
+    settings = {"round_timeout": 60.0}
     with Federation(tmp_path / "federation") as federation:
         start_nodes(federation)
         run = Background(federation, config(tmp_path / "run", **settings))
