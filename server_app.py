@@ -28,7 +28,7 @@ def main(grid: Grid, context: Context) -> None:
     """Train by the configured algorithm, test each round's global model, leave a report."""
     config = Config.from_run_config(context.run_config)
     device = pick_device(config.device)
-    split = load_dataset(config.dataset, config.max_train_examples)
+    split = load_dataset(config.dataset, config.max_train_examples, config.validation_share)
     model = build_model(config.model, split.input_shape, split.classes, config.seed, split.input_dtype)
     model.to(device, getattr(torch, config.dtype))
     if config.initial_model:

@@ -14,17 +14,12 @@ seconds, a run.
 """
 
 import argparse
-import json
 import math
-import multiprocessing
 import os
 import signal
 import statistics
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -34,15 +29,15 @@ from fedpm_flwr.config import Config, ConfigError, describe, parse_settings
 from fedpm_flwr.report import PREFIX, plot_curves
 from fedpm_flwr.tasks import build_model, load_dataset, load_weights
 
+from .runs import Rounds, rounds_to, run_all
 from .table import Row, publish
 
 _DEFAULT_ALGORITHMS = "fedavg:learning-rate=0.3,localnewton,fedpm"
 _DEFAULT_SEEDS = 3
 _OWN = "algorithms: names joined by commas, each with :KEY=VALUE for settings of its own\nseeds: how many\n"
-_PROBLEM = ("dataset", "max-train-examples", "partition", "alpha", "model", "initial-model")
+_PROBLEM = ("dataset", "max-train-examples", "validation-share", "partition", "alpha", "model", "initial-model")
 _SAME_FOR_ALL = ("algorithm", "output", "seed", *_PROBLEM)
 """Settings that an algorithm cannot bring of its own: the comparison would not be one."""
-Rounds = list[dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -138,7 +133,7 @@ def find_problem(methods: Sequence[Method], output: Path | None) -> str:
     """Why no run could succeed, found before the first of them starts; empty: nothing was found."""
     config = methods[0].configs[0]
     try:
-        split = load_dataset(config.dataset, config.max_train_examples)
+        split = load_dataset(config.dataset, config.max_train_examples, config.validation_share)
         model = build_model(config.model, split.input_shape, split.classes, config.seed, split.input_dtype)
         if config.initial_model:
             load_weights(model, config.initial_model)
@@ -146,42 +141,6 @@ def find_problem(methods: Sequence[Method], output: Path | None) -> str:
     except (ValueError, OSError) as error:
         return str(error)
     return f"--output={output}: a folder, not a file" if output is not None and output.is_dir() else ""
-
-
-def run_all(configs: Sequence[Config], nodes: int, jobs: int) -> dict[str, Rounds]:
-    """The rounds of each run that succeeded, by its output folder; says why the others did not."""
-    done: dict[str, Rounds] = {}
-    started = time.monotonic()
-    # Spawned, not forked: a fork of a process with threads, as torch and gRPC have, can hang.
-    context = multiprocessing.get_context("spawn")
-    # A process for each run: each starts as cold as the others, and Flower's logger keeps its first stderr.
-    with (
-        ProcessPoolExecutor(min(jobs, len(configs)), context, max_tasks_per_child=1) as pool,
-        _stopping_workers(pool),
-    ):
-        futures = {pool.submit(_run, config, nodes): Path(config.output) for config in configs}
-        for ended, future in enumerate(as_completed(futures), start=1):
-            output = futures[future]
-            try:
-                rounds = done[str(output)] = future.result()
-                said = f"accuracy {rounds[-1]['test-accuracy']:.4f}"
-            except Exception as error:  # one run's failure, whatever it is, is not the others'
-                said = f"failed: {type(error).__name__}: {error}; its log: {output / 'flower.log'}"
-            left = (time.monotonic() - started) / ended * (len(configs) - ended)
-            print(f"{PREFIX}{ended}/{len(configs)}  {output.name}  {said}  {left:.0f} s left", flush=True)
-    return done
-
-
-@contextmanager
-def _stopping_workers(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """End the runs too when this one is interrupted."""
-    try:
-        yield
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        raise
 
 
 def table(done: dict[Method, list[Rounds]]) -> list[Row]:
@@ -209,40 +168,6 @@ def _row(method: Method, runs: list[Rounds], rivals: list[list[Rounds]]) -> Row:
         "uplink_mb": _mean(sum(row["uplink-bytes"] for row in rounds) / 1e6 for rounds in runs),
         "seconds": _mean(sum(row["seconds"] for row in rounds) for rounds in runs),
     }
-
-
-def rounds_to(rounds: Rounds, accuracy: float) -> int | None:
-    """The first round after which a run has this test accuracy; None: there is none."""
-    return next((int(row["round"]) for row in rounds[1:] if row["test-accuracy"] >= accuracy), None)
-
-
-def _run(config: Config, nodes: int) -> Rounds:
-    """One run in a process of its own; what Flower and the application say goes to flower.log."""
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (
-        (folder / "flower.log").open("w") as log,
-        redirect_stdout(log),
-        redirect_stderr(log),
-    ):
-        # Imported here: Flower's logger keeps the stderr that it finds.
-        import client_app
-        import server_app
-        from fedpm_flwr.inline import run_inline
-
-        run_inline(server_app.app, client_app.app, nodes, config.to_run_config())
-    return read_rounds(folder)
-
-
-def read_rounds(folder: Path) -> Rounds:
-    """The metrics that a run has left."""
-    rounds: Rounds = json.loads((folder / "metrics.json").read_text(), object_hook=_with_nan)
-    return rounds
-
-
-def _with_nan(row: dict[str, float | None]) -> dict[str, float]:
-    """JSON's null is a number that was not finite."""
-    return {key: math.nan if value is None else value for key, value in row.items()}
 
 
 def _mean(values: Iterable[float]) -> float | None:

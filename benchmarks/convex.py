@@ -38,8 +38,8 @@ from fedpm_flwr.tasks import build_model, client_data, load_dataset
 from fedpm_flwr.training import loader
 
 from .arguments import make_parser
-from .compare import Rounds, run_all
 from .on_ray import run_on_ray
+from .runs import Rounds, run_all
 from .table import Row, publish, rounded
 
 CLIENTS = {"a9a": 80, "w8a": 142, "breast-cancer": 10}

@@ -31,7 +31,7 @@ from scripts.federation import Federation, copy_application
 from scripts.processes import CHECKOUT
 
 from .arguments import make_parser
-from .compare import read_rounds
+from .runs import read_rounds
 from .table import Row, publish, rounded
 
 _IMAGES, _BATCH = 64, 8

@@ -9,7 +9,7 @@ from pathlib import Path
 from fedpm_flwr.config import Config
 from fedpm_flwr.report import PREFIX
 
-from .compare import Rounds, read_rounds
+from .runs import Rounds, read_rounds
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 

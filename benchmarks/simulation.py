@@ -31,8 +31,8 @@ from fedpm_flwr.config import Config, ConfigError, check_codec
 from fedpm_flwr.report import PREFIX
 
 from .arguments import make_parser, whole_numbers
-from .compare import Rounds, run_all
 from .on_ray import run_on_ray
+from .runs import Rounds, run_all
 from .table import Row, publish, rounded, with_times_fedavg
 
 _EXAMPLES, _NOISE = 20_000, 0.05

@@ -35,7 +35,7 @@ from fedpm_flwr.tasks import build_model
 from fedpm_flwr.wire import decode, encode
 
 from .arguments import make_parser
-from .compare import Rounds, run_all
+from .runs import Rounds, run_all
 from .table import Row, publish, rounded
 
 FULL = "triangle-float32"

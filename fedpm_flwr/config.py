@@ -105,6 +105,12 @@ class Config:
     algorithm: str = _setting("fedpm", "what the server and the clients do", choices=ALGORITHMS)
     dataset: str = _setting("digits", "which data", choices=DATASETS, files=FILES)
     max_train_examples: int = _setting(0, "only the first so many training examples, as they lie; 0: all", low=0)
+    validation_share: float = _setting(
+        0.0,
+        "share of the training examples that nobody trains on, tested on instead of the test set",
+        low=0,
+        high=0.9,
+    )
     augment: bool = _setting(False, "training images moved by up to 4 pixels and mirrored, as usual for CIFAR")
     model: str = _setting("cnn", "which network", choices=MODELS)
     initial_model: str = _setting("", "start from this .safetensors file instead; absolute path")

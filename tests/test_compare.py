@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.compare import Method, main, plan, rounds_to, table
+from benchmarks.compare import Method, main, plan, table
+from benchmarks.runs import rounds_to
 from fedpm_flwr.config import Config, ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import simulation
-from benchmarks.compare import Rounds
+from benchmarks.runs import Rounds
 from benchmarks.simulation import config_of, main, make_data, measure, row_of
 
 

@@ -21,6 +21,29 @@ def test_digits() -> None:
     assert load_dataset("digits") is split
 
 
+def test_a_share_of_the_training_examples_takes_the_place_of_the_test_set() -> None:
+    whole, split = load_dataset("digits", 1000), load_dataset("digits", 1000, 0.2)
+    assert (len(split.train), len(split.test)) == (800, 200)
+    together = sorted(image.flatten().tolist() for part in (split.train, split.test) for image in part.inputs)
+    assert together == sorted(image.flatten().tolist() for image in whole.train.inputs), "each of them once"
+    assert set(split.test.labels.tolist()) == set(range(10))
+    for examples in (split.train, split.test):
+        where = [
+            int((whole.train.inputs == image).flatten(1).all(1).nonzero()[0]) for image in examples.inputs[:9]
+        ]
+        assert whole.train.labels[where].tolist() == examples.labels[:9].tolist(), "with its label"
+        assert where == sorted(where)
+    config = Config(max_train_examples=1000, validation_share=0.2)
+    parts = [client_data(config, partition, 4) for partition in range(4)]
+    assert sum(len(part) for part in parts) == 800
+    assert all(part.dataset is split.train for part in parts)
+
+
+def test_one_example_cannot_be_shared() -> None:
+    with pytest.raises(ValueError, match=r"validation-share=0\.5: there are 1 training examples to share"):
+        load_dataset("digits", 1, 0.5)
+
+
 @pytest.mark.parametrize("partition", ["dirichlet", "iid"])
 @pytest.mark.parametrize("clients", [1, 3, 10, 100, 700])
 def test_partitions_hold_every_example_once_and_none_is_empty(partition: str, clients: int) -> None:

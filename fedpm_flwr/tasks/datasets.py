@@ -7,14 +7,16 @@ from functools import lru_cache, partial
 import torch
 
 from . import files, vision
-from .examples import Split, hold_out
+from .examples import Split, hold_out, with_validation
 
 _log = logging.getLogger("flwr")
 
 
 @lru_cache(maxsize=2)
-def load_dataset(name: str, max_train_examples: int = 0) -> Split:
+def load_dataset(name: str, max_train_examples: int = 0, validation_share: float = 0.0) -> Split:
     """A data set, loaded once per process; with only the first so many training examples (0: all).
+
+    With a ``validation_share`` this share of them, always the same ones, takes the place of the test set.
 
     Raises:
         KeyError: the name is neither one of ``config.DATASETS`` nor one of ``config.FILES`` with a path.
@@ -23,6 +25,8 @@ def load_dataset(name: str, max_train_examples: int = 0) -> Split:
     prefix, colon, path = name.partition(":")
     whole = files.LOADERS[prefix](path) if colon else _LOADERS[name]()
     split = Split(whole.train.first(max_train_examples), whole.test, whole.classes)
+    if validation_share:
+        split = with_validation(split, validation_share)
     _log.info("read %s: %d training and %d test examples", name, len(split.train), len(split.test))
     return split
 

@@ -69,6 +69,10 @@ class Examples(Dataset[tuple[Tensor, Tensor]]):
         """The same examples, augmented when they are read."""
         return replace(self, augment=True)
 
+    def at(self, places: Tensor) -> "Examples":
+        """The examples at these places, int64."""
+        return replace(self, inputs=self.inputs[places], labels=self.labels[places])
+
     def first(self, count: int) -> "Examples":
         """The first so many of them; 0: all."""
         return replace(self, inputs=self.inputs[:count], labels=self.labels[:count]) if count else self
@@ -131,6 +135,21 @@ def hold_out(inputs: Tensor, labels: Tensor, classes: int, every: int = 5) -> Sp
     """Every fifth example for testing, the others for training."""
     test = torch.arange(len(labels)) % every == 0
     return Split(Examples(inputs[~test], labels[~test]), Examples(inputs[test], labels[test]), classes)
+
+
+def with_validation(split: Split, share: float) -> Split:
+    """This share of the training examples (at least one is left on each side) in place of the test set.
+
+    Raises:
+        DataError: there is but one training example.
+    """
+    count = len(split.train)
+    if count < 2:
+        raise DataError(f"validation-share={share}: there are {count} training examples to share")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    held = min(max(round(share * count), 1), count - 1)
+    test, train = (split.train.at(part.sort().values) for part in (order[:held], order[held:]))
+    return replace(split, train=train, test=test)
 
 
 def require_file(path: str) -> None:

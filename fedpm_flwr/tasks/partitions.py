@@ -61,16 +61,15 @@ def client_data(
         DataError: as ``load_dataset``; or there are no images to augment.
         ValueError: as ``partition_indices``.
     """
-    train = load_dataset(config.dataset, config.max_train_examples).train
-    parts = _parts(
-        config.dataset, config.max_train_examples, partitions, config.partition, config.alpha, config.seed
-    )
+    data = config.dataset, config.max_train_examples, config.validation_share
+    train = load_dataset(*data).train
+    parts = _parts(data, partitions, config.partition, config.alpha, config.seed)
     return Subset(train.augmented() if augment else train, parts[partition])
 
 
 @lru_cache(maxsize=8)
 def _parts(
-    dataset: str, max_train_examples: int, partitions: int, partition: str, alpha: float, seed: int
+    data: tuple[str, int, float], partitions: int, partition: str, alpha: float, seed: int
 ) -> list[list[int]]:
-    labels = load_dataset(dataset, max_train_examples).train_labels
+    labels = load_dataset(*data).train_labels
     return partition_indices(labels, partitions, partition=partition, alpha=alpha, seed=seed)

@@ -1,0 +1,243 @@
+"""Runs of the application, each in a process of its own, several at a time; and a file that keeps what they gave.
+
+A run goes through the application's own ServerApp and ClientApp (``fedpm_flwr.inline``); its numbers are those of
+the same run under Ray.
+"""
+
+import importlib.metadata
+import json
+import math
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from fedpm_flwr.config import Config, Value
+from fedpm_flwr.report import PREFIX
+
+from .machine import machine
+
+Rounds = list[dict[str, float]]
+Ended = Callable[[Config, Rounds | str], None]
+"""Told of each run as it ends: its rounds, or why it failed."""
+
+_OF_A_PLACE = (
+    "output", "resume", "device", "threads", "state-folder", "tensorboard", "checkpoint-every", "checkpoint-keep",
+    "round-timeout", "max-payload-mb",
+)  # fmt: skip
+"""Settings that do not change what a run gives."""
+_COLUMNS = (
+    "test-accuracy", "test-loss", "train-loss", "clients", "local-steps", "uplink-bytes", "seconds", "cpu-seconds",
+)  # fmt: skip
+_DIGITS = 6
+
+
+def run_all(configs: Sequence[Config], nodes: int, jobs: int, ended: Ended | None = None) -> dict[str, Rounds]:
+    """The rounds of each run that succeeded, by its output folder; says why the others did not.
+
+    To what the report tells of a round, ``cpu-seconds`` is added: its seconds by the share of them that the
+    process had a core for, so that other runs beside it cost it nothing.
+    """
+    done: dict[str, Rounds] = {}
+    started = time.monotonic()
+    # Spawned, not forked: a fork of a process with threads, as torch and gRPC have, can hang.
+    context = multiprocessing.get_context("spawn")
+    # A process for each run: each starts as cold as the others, and Flower's logger keeps its first stderr.
+    with (
+        ProcessPoolExecutor(min(jobs, len(configs)), context, max_tasks_per_child=1) as pool,
+        _stopping_workers(pool),
+    ):
+        futures = {pool.submit(_run, config, nodes): config for config in configs}
+        for number, future in enumerate(as_completed(futures), start=1):
+            config = futures[future]
+            output = Path(config.output)
+            try:
+                rounds = done[config.output] = future.result()
+                said = f"accuracy {rounds[-1]['test-accuracy']:.4f}"
+            except Exception as error:  # one run's failure, whatever it is, is not the others'
+                said = f"failed: {type(error).__name__}: {error}; its log: {output / 'flower.log'}"
+            if ended is not None:
+                ended(config, done.get(config.output, said))
+            left = (time.monotonic() - started) / number * (len(configs) - number)
+            print(f"{PREFIX}{number}/{len(configs)}  {output.name}  {said}  {left:.0f} s left", flush=True)
+    return done
+
+
+@contextmanager
+def _stopping_workers(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """End the runs too when this one is interrupted."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
+
+
+def _run(config: Config, nodes: int) -> Rounds:
+    """One run in a process of its own; what Flower and the application say goes to flower.log."""
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        (folder / "flower.log").open("w") as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+    ):
+        # Imported here: Flower's logger keeps the stderr that it finds.
+        import client_app
+        import server_app
+        from fedpm_flwr.inline import run_inline
+
+        wall, cpu = time.perf_counter(), time.process_time()
+        run_inline(server_app.app, client_app.app, nodes, config.to_run_config())
+        share = (time.process_time() - cpu) / (time.perf_counter() - wall)
+    return [{**row, "cpu-seconds": row["seconds"] * share} for row in read_rounds(folder)]
+
+
+def read_rounds(folder: Path) -> Rounds:
+    """The metrics that a run has left."""
+    rounds: Rounds = json.loads((folder / "metrics.json").read_text(), object_hook=_with_nan)
+    return rounds
+
+
+def rounds_to(rounds: Rounds, accuracy: float) -> int | None:
+    """The first round after which a run has this test accuracy; None: there is none."""
+    return next((int(row["round"]) for row in rounds[1:] if row["test-accuracy"] >= accuracy), None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run was, what it gave, and where.
+
+    ``settings``: all but those of a place; of files the name alone. ``failure``: why it has no rounds, or "".
+    """
+
+    settings: Mapping[str, Value]
+    nodes: int
+    rounds: Rounds
+    failure: str
+    provenance: Mapping[str, Any]
+
+
+class Store:
+    """A file of JSON lines, one a run, which grows over time and machines; no run in it is run again.
+
+    Raises:
+        ValueError: naming the file, the line and what is wrong with it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writing = threading.Lock()
+        self.runs: list[Run] = []
+        if path.exists():
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+                self.runs.append(_parsed(line, f"{path}, line {number}"))
+
+    def find(self, config: Config, nodes: int) -> Run | None:
+        """The newest run of this configuration."""
+        wanted, defaults = settings_of(config), settings_of(Config())
+        for run in reversed(self.runs):
+            if run.nodes == nodes and {**defaults, **run.settings} == wanted:
+                return run
+        return None
+
+    def add(self, config: Config, nodes: int, gave: Rounds | str) -> Run:
+        """Keep the rounds of a run, or why it failed."""
+        rounds, failure = ([], gave) if isinstance(gave, str) else (gave, "")
+        run = Run(settings_of(config), nodes, [_kept(row) for row in rounds], failure, provenance())
+        columns = {key: [row.get(key) for row in run.rounds] for key in _COLUMNS}
+        document = {"settings": run.settings, "nodes": nodes, "failure": failure, "provenance": run.provenance}
+        line = json.dumps({**document, "rounds": _finite(columns)}, ensure_ascii=False)
+        with self._writing:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+            self.runs.append(run)
+        return run
+
+
+def run_missing(store: Store, configs: Sequence[Config], nodes: int, jobs: int) -> list[Run]:
+    """The run of each configuration: from the store, or run now and kept there as soon as it ends."""
+    missing = [config for config in configs if store.find(config, nodes) is None]
+    if len(missing) < len(configs):
+        print(f"{PREFIX}{len(configs) - len(missing)} of {len(configs)} runs are in {store.path}", flush=True)
+    if missing:
+        with tempfile.TemporaryDirectory(prefix="fedpm-flwr-") as folder:
+            placed = [replace(one, output=f"{folder}/{i}-{one.algorithm}") for i, one in enumerate(missing)]
+            run_all(placed, nodes, jobs, lambda config, gave: _keep(store, config, nodes, gave))
+    found = [store.find(config, nodes) for config in configs]
+    return [run for run in found if run is not None]
+
+
+def _keep(store: Store, config: Config, nodes: int, gave: Rounds | str) -> None:
+    store.add(config, nodes, gave.partition("; its log:")[0] if isinstance(gave, str) else gave)
+
+
+def settings_of(config: Config) -> dict[str, Value]:
+    """What decides what a run gives."""
+    settings = {key: value for key, value in config.to_run_config().items() if key not in _OF_A_PLACE}
+    for key in ("dataset", "initial-model", "reference-model"):
+        kind, colon, path = str(settings[key]).rpartition(":")
+        settings[key] = f"{kind}{colon}{Path(path).name}"
+    return settings
+
+
+def provenance() -> dict[str, Any]:
+    """Which code, on what, by which command, when."""
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": _git("rev-parse", "--short=12", "HEAD") + ("+changes" if status else ""),
+        "flwr": importlib.metadata.version("flwr"),
+        **machine(),
+        "command": " ".join(Path(part).name if part.startswith("/") else part for part in sys.argv[1:]),
+        "date": date.today().isoformat(),
+    }
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
+def _parsed(line: str, place: str) -> Run:
+    try:
+        document = json.loads(line, object_hook=None)
+        columns: dict[str, list[float | None]] = document["rounds"]
+        count = len(columns[_COLUMNS[0]])
+        rounds = [
+            {"round": float(i), **_with_nan({key: column[i] for key, column in columns.items()})}
+            for i in range(count)
+        ]
+        return Run(document["settings"], document["nodes"], rounds, document["failure"], document["provenance"])
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{place}: not a run: {type(error).__name__}: {error}") from error
+
+
+def _kept(row: Mapping[str, float]) -> dict[str, float]:
+    return {"round": row["round"]} | {key: float(f"{row.get(key, math.nan):.{_DIGITS}g}") for key in _COLUMNS}
+
+
+def _finite(columns: Mapping[str, Sequence[float | None]]) -> dict[str, list[float | None]]:
+    """JSON has no NaN and no infinity: null."""
+    return {
+        key: [None if value is None or not math.isfinite(value) else value for value in column]
+        for key, column in columns.items()
+    }
+
+
+def _with_nan(row: dict[str, float | None]) -> dict[str, float]:
+    """JSON's null is a number that was not finite."""
+    return {key: math.nan if value is None else value for key, value in row.items()}

@@ -1,0 +1,215 @@
+"""Search each method's settings, as many trials for each, on training images that no client trains on.
+
+    python -m benchmarks.tune --data FOLDER [--datasets cifar10] [--methods fedavg,fedpm,…] [--trials 10]
+
+A trial is a run of the experiment (benchmarks/experiments.py) with the first --images training images, of which a
+fifth is held out (``validation-share``; the same for all trials and methods), for --rounds rounds at α = 0.1 with
+the seed --seed, which the tables do not use. The test set is not looked at. What counts is the mean accuracy on
+the held-out images after the last three rounds; a run that fails counts as 0. The first trial of a method is where
+the literature or earlier runs would begin (``SPACES``), the others are optuna's TPE's, seeded.
+
+The best settings go to benchmarks/configs/DATASET-METHOD.toml, which ``flwr run . --run-config`` takes too. All
+trials are kept in --store, and none that is there is run again: a search that was broken off goes on. With
+--trials 0 the files are where searches would begin, and say so.
+
+Columns: the method, its trials and how many of them failed; accuracy, of the best; first, that of the first trial;
+the settings that were found.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from fedpm_flwr.config import Config, ConfigError, Value
+
+from .arguments import make_parser
+from .experiments import ALGORITHMS, CONFIGS, DATASETS, NODES, RESULTS, Version, base, configs_file, located
+from .runs import Run, Store, run_missing
+from .table import Row, publish, rounded
+
+VALIDATION_SHARE = 0.2
+_LAST = 3
+_DIGITS = 3
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched, and where a search begins."""
+
+    of: Mapping[str, BaseDistribution]
+    first: Mapping[str, Value]
+
+
+def _log(low: float, high: float) -> FloatDistribution:
+    return FloatDistribution(low, high, log=True)
+
+
+_MOMENTUM = CategoricalDistribution((0.0, 0.9))
+_FIRST_ORDER = {"learning-rate": _log(0.01, 1.0), "momentum": _MOMENTUM}
+_SECOND_ORDER = Space(
+    {"learning-rate": _log(0.03, 1.0), "damping": _log(0.03, 10.0), "clip": CategoricalDistribution((0.0, 1.0))},
+    {"learning-rate": 0.3, "damping": 1.0, "clip": 1.0},
+)
+SPACES: Mapping[str, Space] = {
+    "fedavg": Space(_FIRST_ORDER, {"learning-rate": 0.1, "momentum": 0.0}),
+    "fedavgm": Space(
+        {**_FIRST_ORDER, "server-momentum": FloatDistribution(0.3, 0.97)},
+        {"learning-rate": 0.1, "momentum": 0.0, "server-momentum": 0.9},
+    ),
+    "fedprox": Space(
+        {**_FIRST_ORDER, "proximal-mu": _log(1e-3, 1.0)},
+        {"learning-rate": 0.1, "momentum": 0.0, "proximal-mu": 0.01},
+    ),
+    "scaffold": Space(
+        {"learning-rate": _log(0.01, 1.0), "server-learning-rate": FloatDistribution(0.3, 1.0)},
+        {"learning-rate": 0.1, "server-learning-rate": 1.0},
+    ),
+    "fedadam": Space(
+        {**_FIRST_ORDER, "adam-eta": _log(1e-3, 0.3), "adam-tau": _log(1e-4, 0.1)},
+        {"learning-rate": 0.1, "momentum": 0.0, "adam-eta": 0.01, "adam-tau": 1e-3},
+    ),
+    "ltda": Space(
+        {
+            "learning-rate": _log(1e-3, 1.0),
+            "damping": _log(1e-3, 10.0),
+            "clip": CategoricalDistribution((0.0, 1.0)),
+        },
+        {"learning-rate": 0.1, "damping": 1.0, "clip": 1.0},
+    ),
+    "fedsophia": Space(
+        {"learning-rate": _log(1e-4, 0.1), "sophia-gamma": _log(1e-3, 1.0)},
+        {"learning-rate": 0.003, "sophia-gamma": 0.01},
+    ),
+    "localnewton": _SECOND_ORDER,
+    "fedpm": _SECOND_ORDER,
+    "fedpm-corrected": _SECOND_ORDER,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parse(arguments)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    rows: list[Row] = []
+    for dataset in given.datasets:
+        store = Store(given.store or RESULTS / f"tune-{dataset}.jsonl")
+        # A search after the other for each method, so that its course does not depend on the number of cores.
+        with ThreadPoolExecutor(given.jobs) as pool:
+            rows += pool.map(partial(search, given, store, dataset), given.methods)
+    publish("tune", rows, given.output, trials=given.trials, images=given.images, rounds=given.rounds)
+    return 0 if not given.trials or all(row["accuracy"] is not None for row in rows) else 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser("tune", __doc__)
+    parser.add_argument("--data", type=Path, help="folder with cifar10.npz, cifar100.npz; default: torchvision's")
+    parser.add_argument("--datasets", default="cifar10", help=f"of {', '.join(DATASETS)} (default: %(default)s)")
+    parser.add_argument("--methods", default=",".join(ALGORITHMS), help="default: %(default)s")
+    parser.add_argument(
+        "--trials", type=int, default=10, help="of each method; 0: begin only (default: %(default)s)"
+    )
+    parser.add_argument("--images", type=int, default=5_000, help="0: all (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=6, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=100, help="of runs and search (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
+    parser.add_argument("--store", type=Path, help="default: benchmarks/results/tune-DATASET.jsonl")
+    parser.add_argument("--configs", type=Path, help="folder for the .toml files (default: benchmarks/configs)")
+    given = parser.parse_args(arguments)
+    for key, allowed in (("datasets", DATASETS), ("methods", ALGORITHMS)):
+        names = getattr(given, key).split(",")
+        if not set(names) <= set(allowed):
+            parser.error(f"--{key}={getattr(given, key)}; allowed, joined by commas: {', '.join(allowed)}")
+        setattr(given, key, names)
+    for key, least in (("trials", 0), ("images", 0), ("rounds", 1), ("seed", 0), ("jobs", 1)):
+        if getattr(given, key) < least:
+            parser.error(f"--{key}={getattr(given, key)} is not allowed; allowed: >= {least}")
+    return given
+
+
+def search(given: argparse.Namespace, store: Store, dataset: str, algorithm: str) -> Row:
+    """All trials of one method; writes the best settings, and tells them as a row."""
+    space = SPACES[algorithm]
+    study = optuna.create_study(
+        direction="maximize", sampler=optuna.samplers.TPESampler(seed=given.seed, n_startup_trials=5)
+    )
+    study.enqueue_trial(dict(space.first))
+    path = (given.configs or CONFIGS) / configs_file(dataset, algorithm).name
+    if not given.trials:
+        write(
+            path,
+            "# Not tuned: where a search would begin (python -m benchmarks.tune).",
+            dataset,
+            algorithm,
+            space.first,
+        )
+        return {"dataset": dataset, "method": algorithm, "trials": 0, "accuracy": None, **space.first}
+    failed = 0
+    for _ in range(given.trials):
+        trial = study.ask(dict(space.of))
+        config = config_of(given, dataset, algorithm, _rounded(trial.params))
+        (run,) = run_missing(store, [config], NODES, 1)
+        failed += bool(run.failure)
+        study.tell(trial, accuracy_of(run))
+    best = study.best_trial
+    accuracy = best.value or None
+    if accuracy is not None:
+        size = f"{given.images or 'all'} images, {given.rounds} rounds, seed {given.seed}"
+        comment = (
+            f"# Expected: accuracy {accuracy:.3f} on held-out training images: the best of {given.trials} trials\n"
+            f"# ({size}; python -m benchmarks.tune). On the test set: docs/results.md."
+        )
+        write(path, comment, dataset, algorithm, _rounded(best.params))
+    return {
+        "dataset": dataset,
+        "method": algorithm,
+        "trials": given.trials,
+        "failed": failed,
+        "accuracy": accuracy,
+        "first": study.trials[0].value,
+        **_rounded(best.params),
+    }
+
+
+def config_of(given: argparse.Namespace, dataset: str, algorithm: str, settings: Mapping[str, Value]) -> Config:
+    """One trial's run."""
+    experiment = Config.from_run_config({**base(dataset, algorithm), **settings})
+    version = Version(given.images, given.rounds)
+    try:
+        return replace(
+            version.of(located(experiment, given.data)), validation_share=VALIDATION_SHARE, seed=given.seed
+        )
+    except ConfigError as error:
+        raise SystemExit(f"{algorithm}: {error}") from error
+
+
+def accuracy_of(run: Run) -> float:
+    """What a trial is judged by."""
+    if run.failure:
+        return 0.0
+    return rounded(statistics.fmean(row["test-accuracy"] for row in run.rounds[1:][-_LAST:]))
+
+
+def write(path: Path, comment: str, dataset: str, algorithm: str, found: Mapping[str, Value]) -> None:
+    """The file that ``experiments.tuned`` and ``flwr run`` read."""
+    settings = {**base(dataset, algorithm), **found}
+    lines = Config.from_run_config(settings).to_toml().splitlines()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chosen = [line for line in lines if line.partition(" = ")[0] in settings]
+    path.write_text("\n".join([comment, *chosen]) + "\n", encoding="utf-8")
+
+
+def _rounded(settings: Mapping[str, Value]) -> dict[str, Value]:
+    """What nobody would write with more digits is run with no more."""
+    return {k: float(f"{v:.{_DIGITS}g}") if isinstance(v, float) else v for k, v in settings.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The file that keeps runs: what is in it is not run again, and what is not right in it is told."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.runs import Rounds, Store, rounds_to, run_missing, settings_of
+from fedpm_flwr.config import Config
+
+CONFIG = Config(model="linear", num_server_rounds=1, local_steps=1)
+ROUNDS: Rounds = [
+    {"round": 0, "test-accuracy": 0.1, "test-loss": 2.3, "clients": 0, "uplink-bytes": 0, "seconds": 0.5},
+    {
+        "round": 1,
+        "test-accuracy": 0.123456789,
+        "test-loss": math.inf,
+        "clients": 2,
+        "uplink-bytes": 8,
+        "seconds": 1,
+    },
+]
+
+
+def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "runs.jsonl"
+    Store(path).add(CONFIG, 2, ROUNDS)
+    Store(path).add(replace(CONFIG, seed=1), 2, "failed: ValueError: no")
+    store = Store(path)
+    run, failed = store.runs
+    assert store.find(CONFIG, 2) == run or math.isnan(run.rounds[0]["cpu-seconds"])
+    assert [row["test-accuracy"] for row in run.rounds] == [0.1, 0.123457]
+    assert math.isnan(run.rounds[1]["test-loss"])
+    assert run.rounds[1]["uplink-bytes"] == 8
+    assert (failed.rounds, failed.failure) == ([], "failed: ValueError: no")
+    assert store.find(CONFIG, 3) is None
+    assert store.find(replace(CONFIG, alpha=0.2), 2) is None
+    assert {"commit", "flwr", "torch", "python", "accelerator", "command", "date"} <= run.provenance.keys()
+
+
+def test_where_a_run_was_is_no_part_of_it(tmp_path: Path) -> None:
+    there = replace(CONFIG, dataset="npz:/home/a/cifar10.npz", output="/home/a/runs", threads=2, device="cpu")
+    here = replace(CONFIG, dataset="npz:/data/cifar10.npz")
+    store = Store(tmp_path / "runs.jsonl")
+    store.add(there, 2, ROUNDS)
+    assert store.find(here, 2) is not None
+    assert "/home" not in store.path.read_text().replace(str(tmp_path), "")
+    assert settings_of(here)["dataset"] == "npz:cifar10.npz"
+    assert store.find(replace(here, dataset="cifar10"), 2) is None
+
+
+def test_a_setting_that_is_newer_than_a_run_had_its_default_then(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs.jsonl")
+    store.add(CONFIG, 2, ROUNDS)
+    document = json.loads(store.path.read_text())
+    del document["settings"]["sketch-size"]
+    store.path.write_text(json.dumps(document) + "\n")
+    assert Store(store.path).find(CONFIG, 2) is not None
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"settings": {}}', '{"rounds": {"test-accuracy": [1]}, "nodes": 2}'])
+def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "runs.jsonl"
+    Store(path).add(CONFIG, 2, ROUNDS)
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=rf"{path}, line 2: not a run"):
+        Store(path)
+
+
+def test_what_is_missing_is_run_and_what_failed_is_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs.jsonl")
+    broken = replace(CONFIG, algorithm="fedavg", learning_rate=1e30, max_failed_rounds=1)
+    good, failed = run_missing(store, [CONFIG, broken], 2, jobs=2)
+    assert [row["clients"] for row in good.rounds] == [0, 2]
+    assert good.rounds[1]["local-steps"] == 1
+    assert 0 < good.rounds[1]["cpu-seconds"] <= 1.2 * good.rounds[1]["seconds"]
+    assert failed.failure.startswith("failed: FailedRoundsError: round 1")
+    assert "its log" not in failed.failure
+    lines = store.path.read_text()
+    again = run_missing(Store(store.path), [broken, CONFIG], 2, jobs=2)
+    assert [run.failure for run in again] == [failed.failure, ""]
+    assert store.path.read_text() == lines
+
+
+def test_rounds_to() -> None:
+    assert rounds_to(ROUNDS, 0.12) == 1
+    assert rounds_to(ROUNDS, 0.1) == 1, "the initial model does not count"
+    assert rounds_to(ROUNDS, 0.5) is None

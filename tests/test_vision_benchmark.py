@@ -1,0 +1,195 @@
+"""The benchmarks of the paper's table, in their smallest versions, end to end."""
+
+import json
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import results, tune, vision
+from benchmarks.experiments import ALGORITHMS, CONFIGS, METHODS, PAPER, Version, tuned
+from benchmarks.runs import Run, Store, settings_of
+from benchmarks.vision import VERSIONS, Case, pick_version
+from fedpm_flwr.algorithms import settings_without_effect
+from fedpm_flwr.config import Config
+
+COLUMNS = {"dataset", "alpha", "method", "codec", "accuracy_mean", "accuracy_std", "rounds_to_fedavg", "uplink_mb"}
+
+
+def write_data(folder: Path, name: str, classes: int) -> None:
+    """Made-up images of CIFAR's shape, whose first pixels tell the class."""
+    labels = np.arange(200) % classes
+    images = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
+    images[:, :16] = (labels * 255 // classes)[:, None, None, None]
+    np.savez(folder / f"{name}.npz", x_train=images, y_train=labels, x_test=images[:50], y_test=labels[:50])
+
+
+def rows_of(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    line = capsys.readouterr().out.splitlines()[-1]
+    rows: list[dict[str, Any]] = json.loads(line.removeprefix("RESULT "))["rows"]
+    return rows
+
+
+def test_a_small_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_data(tmp_path, "cifar10", 10)
+    store = tmp_path / "vision.jsonl"
+    given = ["--data", str(tmp_path), "--alphas", "0.1", "--methods", "fedavg,fedpm:auto", "--seeds", "1"]
+    given += ["--rounds", "2", "--epochs", "1", "--store", str(store)]
+    assert vision.main([*given, "--output", str(tmp_path / "table.json")]) == 0
+    fedavg, fedpm = rows_of(capsys)
+    assert json.loads((tmp_path / "table.json").read_text())["rows"] == [fedavg, fedpm]
+    assert fedpm.keys() == fedavg.keys() >= COLUMNS
+    assert (fedavg["method"], fedavg["codec"], fedavg["paper"]) == ("fedavg", None, 0.631)
+    assert (fedpm["method"], fedpm["codec"], fedpm["paper"]) == ("fedpm", "auto", None)
+    assert (fedpm["dataset"], fedpm["alpha"], fedpm["rounds"], fedpm["local_epochs"]) == ("cifar10", 0.1, 2, 1)
+    assert fedavg["at_fedavgs_mb"] == fedavg["at_fedavgs_seconds"] == fedavg["accuracy_mean"]
+    assert 1.04 < fedpm["uplink_mb"] / fedavg["uplink_mb"] < 1.06
+    lines = store.read_text()
+    assert vision.main(given) == 0, "nothing is run again"
+    assert store.read_text() == lines
+    assert rows_of(capsys) == [fedavg, fedpm]
+
+
+def test_cifar100_is_resnet18_with_a_hundred_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_data(tmp_path, "cifar100", 100)
+    config = Case("cifar100", 1.0, Version(20, 1, 1)).config("fedpm", 0, tmp_path)
+    assert (config.model, config.augment, config.dataset) == ("resnet18-gn", True, f"npz:{tmp_path}/cifar100.npz")
+    given = ["--data", str(tmp_path), "--datasets", "cifar100", "--alphas", "1.0", "--methods", "fedavg"]
+    given += ["--images", "20", "--rounds", "1", "--epochs", "1", "--seeds", "1", "--store", str(tmp_path / "s")]
+    assert vision.main(given) == 0
+    (row,) = rows_of(capsys)
+    assert (row["dataset"], row["paper"], row["images"]) == ("cifar100", 0.598, 20)
+    assert row["uplink_mb"] == pytest.approx(10 * 4 * 11.22, rel=0.02), "11.2 million parameters of 10 clients"
+
+
+def test_a_search_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_data(tmp_path, "cifar10", 10)
+    given = ["--data", str(tmp_path), "--methods", "fedavg", "--trials", "3", "--images", "150", "--rounds", "1"]
+    given += ["--store", str(tmp_path / "s.jsonl"), "--configs", str(tmp_path / "configs")]
+    assert tune.main(given) == 0
+    (row,) = rows_of(capsys)
+    runs = Store(tmp_path / "s.jsonl").runs
+    values = [tune.accuracy_of(run) for run in runs]
+    assert (row["trials"], row["failed"], row["accuracy"], row["first"]) == (3, 0, max(values), values[0])
+    assert all(run.settings["validation-share"] == 0.2 and run.settings["seed"] == 100 for run in runs)
+    assert runs[0].settings["learning-rate"] == 0.1
+    assert len({run.settings["learning-rate"] for run in runs}) == 3
+    text = (tmp_path / "configs" / "cifar10-fedavg.toml").read_text()
+    assert text.startswith(f"# Expected: accuracy {row['accuracy']:.3f} on held-out training images")
+    written = Config.from_run_config(tomllib.loads(text))
+    best = runs[values.index(max(values))].settings
+    assert (written.learning_rate, written.momentum) == (best["learning-rate"], best["momentum"])
+    assert (written.dataset, written.num_server_rounds, written.validation_share) == ("cifar10", 100, 0.0)
+    lines = (tmp_path / "s.jsonl").read_text()
+    assert tune.main(given) == 0
+    assert (tmp_path / "s.jsonl").read_text() == lines, "the same search finds its trials"
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_settings_of_each_method_are_there_and_all_have_an_effect(algorithm: str) -> None:
+    config = tuned("cifar10", algorithm)
+    assert (config.algorithm, config.alpha, config.local_epochs, config.batch_size) == (algorithm, 0.1, 5, 64)
+    assert settings_without_effect(config) == []
+    assert set(tune.SPACES[algorithm].first) == set(tune.SPACES[algorithm].of)
+    assert (CONFIGS / f"cifar10-{algorithm}.toml").read_text().startswith("# Expected: accuracy 0.")
+
+
+def test_every_method_of_the_paper_is_a_row() -> None:
+    assert all(set(row) <= set(METHODS) for row in PAPER.values())
+    assert PAPER["cifar100", 1.0]["localnewton"] > PAPER["cifar100", 1.0]["fedpm"], "losses are shown like wins"
+
+
+def test_a_budget_picks_the_largest_version_that_fits() -> None:
+    assert pick_version(100 * 3600.0, epochs=5, rate=4000.0) == VERSIONS[0]
+    assert pick_version(1.0, epochs=5, rate=4000.0) == VERSIONS[-1]
+    # 10 s to start; 5,000 images of 5 epochs in 10 rounds and 10 tests of 10,000 at a third: 283,333 images.
+    wanted = Version(5_000, 10)
+    assert pick_version(10 + 283_334 / 4000, epochs=5, rate=4000.0) == wanted
+    assert pick_version(10 + 283_332 / 4000, epochs=5, rate=4000.0) == VERSIONS[VERSIONS.index(wanted) + 1]
+
+
+def test_sweeps_vary_one_thing() -> None:
+    case = Case("cifar10", 0.1, Version(0, 0, 0))
+    epochs = [(one.version.rounds, one.version.epochs) for one in vision.SWEEPS["epochs"](case)]
+    assert epochs == [(50, 10), (100, 5), (500, 1)]
+    for name, of in (("clients", "nodes"), ("participation", "participation"), ("alpha", "alpha")):
+        swept = vision.SWEEPS[name](case)
+        assert len({getattr(one, of) for one in swept}) == len(swept) >= 3
+        same = [{key: value for key, value in vars(one).items() if key != of} for one in swept]
+        assert all(one == same[0] for one in same)
+    config = Case("cifar10", 0.3, Version(), nodes=100, participation=0.1).config("fedavg", 3, None)
+    assert (config.fraction_train, config.min_available_nodes, config.alpha, config.seed) == (0.1, 100, 0.3, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--methods", "sgd"], "--methods=sgd; allowed, joined by commas: fedavg, "),
+        (["--alphas", "0"], "alpha=0.0 is not allowed; allowed: number > 0"),
+        (["--seeds", "0"], "--seeds=0 is not allowed; allowed: >= 1"),
+        (["--budget-minutes", "5", "--rounds", "3"], "--budget-minutes picks a version itself"),
+    ],
+)
+def test_bad_arguments_are_named(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        vision.main(given)
+    assert message in capsys.readouterr().err
+
+
+def run(method: str, seed: int, accuracies: list[float], megabytes: float, seconds: float) -> Run:
+    settings = settings_of(Case("cifar10", 0.1, Version(100, 2, 1)).config(method, seed, None))
+    rounds = [
+        {
+            "round": number,
+            "test-accuracy": accuracy,
+            "uplink-bytes": megabytes * 1e6 if number else 0.0,
+            "local-steps": 7.0 if number else float("nan"),
+            "seconds": 2 * seconds,
+            "cpu-seconds": seconds,
+        }
+        for number, accuracy in enumerate(accuracies)
+    ]
+    provenance = dict.fromkeys(("commit", "flwr", "torch", "python", "processor", "cores", "command", "date"), "–")
+    return Run(settings, 10, rounds, "", {**provenance, "accelerator": "none"})
+
+
+def test_a_row_tells_what_is_bought_for_fedavgs_bytes_and_seconds() -> None:
+    runs = [run("fedavg", 0, [0.1, 0.2, 0.3], 1.0, 1.0), run("fedpm", 0, [0.1, 0.3, 0.4], 1.5, 1.4)]
+    fedavg, fedpm = vision.rows_of(runs)
+    assert (fedpm["rounds_to_fedavg"], fedavg["rounds_to_fedavg"]) == (1, 2)
+    assert (fedpm["at_fedavgs_mb"], fedpm["at_fedavgs_seconds"]) == (0.3, 0.3)
+    assert (fedpm["uplink_mb"], fedpm["local_steps"], fedpm["seconds"]) == (3.0, 14.0, 4.2)
+    assert fedpm["accuracy_std"] is None
+    with_failure = [*runs, replace(run("fedpm", 1, [], 0, 0), failure="failed: it diverged")]
+    assert [row["accuracy_mean"] for row in vision.rows_of(with_failure)] == [0.3, None]
+
+
+def test_pages_are_made_from_runs(tmp_path: Path) -> None:
+    runs = [
+        run(method, seed, [0.1, 0.2, last + 0.02 * seed], 1.0, 1.0)
+        for method, last in (("fedavg", 0.3), ("fedpm", 0.4))
+        for seed in (0, 1)
+    ]
+    text = results.make_blocks(runs)["vision"]
+    assert "| `fedpm`  | 0.410 ± 0.014 | 2     | 0.686" in text
+    assert "100 images, 2 rounds of 1 local epochs, 10 clients" in text
+    (name,) = results.pictures(runs)
+    results.plot(runs, tmp_path / f"{name}.png")
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_only_runs_by_the_settings_that_count_now_are_shown(tmp_path: Path) -> None:
+    store = Store(tmp_path / "vision.jsonl")
+    config = Case("cifar10", 0.1, Version(100, 1, 1)).config("fedpm", 0, None)
+    rounds = [{"round": 0, "test-accuracy": 0.1}, {"round": 1, "test-accuracy": 0.2}]
+    for other in (config, replace(config, learning_rate=0.77), replace(config, validation_share=0.2)):
+        store.add(other, 10, rounds)
+    store.add(config, 10, [rounds[0], {"round": 1, "test-accuracy": 0.3}])
+    assert [one.rounds[-1]["test-accuracy"] for one in results.load(tmp_path)] == [0.3]
+
+
+def test_the_pages_are_what_the_runs_give() -> None:
+    assert results.main(["--check"]) == 0
