@@ -7,12 +7,13 @@ ARGS ?=
 # The suite on the newest Flower, beside the pinned one that the application needs for gRPC.
 NEWEST := .venv-newest-flwr
 
-.PHONY: help run deploy-demo compare test test-faults test-newest-flwr check format clean
+.PHONY: help run deploy-demo compare results test test-faults test-newest-flwr check format clean
 
 help:
 	@echo "make run      train FedPM in Flower's simulation; ARGS='algorithm=localnewton alpha=1.0' for settings"
 	@echo "make deploy-demo  a SuperLink and three SuperNodes over gRPC, with TLS and keys, on this machine"
 	@echo "make compare  FedAvg, LocalNewton and FedPM side by side; ARGS='algorithms=fedavg,fedpm seeds=3' for others"
+	@echo "make results  tables and pictures of docs/results.md and README.md, from the runs in benchmarks/results"
 	@echo "make test     the test suite"
 	@echo "make test-faults  processes killed, stalled and brought back, disks full: about ten minutes"
 	@echo "make test-newest-flwr  the test suite on the newest Flower"
@@ -28,6 +29,9 @@ deploy-demo: $(VENV)/.app
 
 compare: $(VENV)/.app
 	@$(BIN)/python -m benchmarks.compare $(ARGS)
+
+results: $(VENV)/.app
+	@$(BIN)/python -m benchmarks.results $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)

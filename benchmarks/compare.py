@@ -28,6 +28,7 @@ from typing import Any
 from fedpm_flwr.config import Config, ConfigError, describe, parse_settings
 from fedpm_flwr.report import PREFIX, plot_curves
 from fedpm_flwr.tasks import build_model, load_dataset, load_weights
+from scripts.processes import exit_on_signals
 
 from .runs import Rounds, rounds_to, run_all
 from .table import Row, publish
@@ -77,8 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem:
         print(f"{PREFIX}{problem}", file=sys.stderr)
         return 2
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
+    exit_on_signals()
     try:
         runs = run_all([config for method in methods for config in method.configs], given.nodes, given.jobs)
     except KeyboardInterrupt:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from fedpm_flwr.config import Config, ConfigError
+from fedpm_flwr.config import Config, ConfigError, Value
 from fedpm_flwr.report import PREFIX
 
-from .experiments import DATASETS, METHODS, RESULTS, tuned
+from .experiments import DATASETS, METHODS, NODES, RESULTS, tuned
 from .runs import Run, Store, settings_of
 from .table import Row, format_table
 from .vision import case_of, data_of, method_of, rows_of, seconds_key
@@ -101,7 +101,34 @@ def name_of(run: Run) -> str:
 def make_blocks(runs: Sequence[Run]) -> dict[str, str]:
     """The text of each block, by its name."""
     cases = pictures(runs)
-    return {"vision": "\n".join(_section(name, own) for name, own in cases.items())}
+    sections = "\n".join(_section(name, own) for name, own in cases.items())
+    return {"vision": sections, "headline": _headline(list(cases.values()))}
+
+
+def _headline(cases: Sequence[Sequence[Run]]) -> str:
+    """The version that most methods were run in, of several the largest: all its α in one table."""
+    versions: dict[tuple[Value, ...], list[Run]] = {}
+    for own in cases:
+        if own[0].nodes == NODES and own[0].settings["fraction-train"] == 1.0:
+            keys = ("dataset", "max-train-examples", "num-server-rounds", "local-epochs")
+            versions.setdefault(tuple(own[0].settings[key] for key in keys), []).extend(own)
+    if not versions:
+        return ""
+    chosen = max(versions.values(), key=lambda own: (len({method_of(run) for run in own}), len(own)))
+    rows = rows_of(chosen)
+    alphas = sorted({float(str(row["alpha"])) for row in rows}, reverse=True)
+    table: list[Row] = []
+    for name in dict.fromkeys(_name(row) for row in rows):
+        named = {row["alpha"]: row for row in rows if _name(row) == name}
+        table.append(
+            {"method": name}
+            | {f"α = {alpha:g}": _accuracy(named[alpha]) if alpha in named else None for alpha in alphas}
+            | {
+                f"the paper's, α = {alpha:g}": named[alpha]["paper"] if alpha in named else None
+                for alpha in alphas
+            }
+        )
+    return f"{format_table(table)}\n"
 
 
 def _section(name: str, runs: Sequence[Run]) -> str:
@@ -121,14 +148,9 @@ def _section(name: str, runs: Sequence[Run]) -> str:
 
 
 def _printed(row: Row) -> Row:
-    mean, deviation = row["accuracy_mean"], row.get("accuracy_std")
-    accuracy = f"{row['failed']} of {row['seeds']} runs failed"
-    if isinstance(mean, float):
-        accuracy = f"{mean:.3f} ± {deviation:.3f}" if isinstance(deviation, float) else f"{mean:.3f}"
-    method = f"{row['method']} ({row['codec']})" if row["codec"] == "auto" else row["method"]
     return {
-        "method": f"`{method}`",
-        "test accuracy": accuracy,
+        "method": _name(row),
+        "test accuracy": _accuracy(row),
         "seeds": row["seeds"],
         "the paper's (100 rounds, all images)": row["paper"],
         "rounds to FedAvg's": row.get("rounds_to_fedavg"),
@@ -139,17 +161,29 @@ def _printed(row: Row) -> Row:
     }
 
 
+def _name(row: Row) -> str:
+    return f"`{row['method']}`" + (", codec `auto`" if row["codec"] == "auto" else "")
+
+
+def _accuracy(row: Row) -> str:
+    mean, deviation = row["accuracy_mean"], row.get("accuracy_std")
+    if not isinstance(mean, float):
+        return f"{row['failed']} of {row['seeds']} runs failed"
+    return f"{mean:.3f} ± {deviation:.3f}" if isinstance(deviation, float) else f"{mean:.3f}"
+
+
 def _provenance(runs: Sequence[Run]) -> str:
     def told(key: str) -> str:
         return ", ".join(sorted({str(run.provenance[key]) for run in runs}))
 
     seeds = ", ".join(str(seed) for seed in sorted({int(run.settings["seed"]) for run in runs}))
+    commands = sorted({str(run.provenance["command"]) for run in runs})
     exact = f" {_NOT_EXACT}" if any(run.settings["dataset"] == "npz:cifar10.npz" for run in runs) else ""
     return (
         f"Seeds {seeds}; {told('date')}; commit {told('commit')}; torch {told('torch')}, Flower {told('flwr')}, "
         f"Python {told('python')}; {told('processor')}, {told('cores')} cores, "
         f"accelerator: {told('accelerator')}.{exact}\n\n"
-        + "\n".join(f"    python -m benchmarks.vision {command}" for command in told("command").split(", "))
+        + "\n".join(f"    python -m benchmarks.vision {command}" for command in commands)
     )
 
 

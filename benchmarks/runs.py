@@ -14,7 +14,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import date
@@ -63,6 +64,9 @@ def run_all(configs: Sequence[Config], nodes: int, jobs: int, ended: Ended | Non
             try:
                 rounds = done[config.output] = future.result()
                 said = f"accuracy {rounds[-1]['test-accuracy']:.4f}"
+            except BrokenProcessPool:  # killed, or out of memory: that says nothing of the run
+                print(f"{PREFIX}{output.name}: its process was killed", file=sys.stderr, flush=True)
+                continue
             except Exception as error:  # one run's failure, whatever it is, is not the others'
                 said = f"failed: {type(error).__name__}: {error}; its log: {output / 'flower.log'}"
             if ended is not None:
@@ -73,7 +77,7 @@ def run_all(configs: Sequence[Config], nodes: int, jobs: int, ended: Ended | Non
 
 
 @contextmanager
-def _stopping_workers(pool: ProcessPoolExecutor) -> Iterator[None]:
+def _stopping_workers(pool: Executor) -> Iterator[None]:
     """End the runs too when this one is interrupted."""
     try:
         yield
@@ -82,6 +86,13 @@ def _stopping_workers(pool: ProcessPoolExecutor) -> Iterator[None]:
         for worker in multiprocessing.active_children():
             worker.kill()
         raise
+
+
+@contextmanager
+def in_threads(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads that call ``run_all``, each for itself; whatever ends this one ends their runs too."""
+    with ThreadPoolExecutor(jobs) as pool, _stopping_workers(pool):
+        yield pool
 
 
 def _run(config: Config, nodes: int) -> Rounds:
@@ -168,7 +179,11 @@ class Store:
 
 
 def run_missing(store: Store, configs: Sequence[Config], nodes: int, jobs: int) -> list[Run]:
-    """The run of each configuration: from the store, or run now and kept there as soon as it ends."""
+    """The run of each configuration: from the store, or run now and kept there as soon as it ends.
+
+    Raises:
+        RuntimeError: the process of a run was killed; the others are in the store.
+    """
     missing = [config for config in configs if store.find(config, nodes) is None]
     if len(missing) < len(configs):
         print(f"{PREFIX}{len(configs) - len(missing)} of {len(configs)} runs are in {store.path}", flush=True)
@@ -176,8 +191,10 @@ def run_missing(store: Store, configs: Sequence[Config], nodes: int, jobs: int) 
         with tempfile.TemporaryDirectory(prefix="fedpm-flwr-") as folder:
             placed = [replace(one, output=f"{folder}/{i}-{one.algorithm}") for i, one in enumerate(missing)]
             run_all(placed, nodes, jobs, lambda config, gave: _keep(store, config, nodes, gave))
-    found = [store.find(config, nodes) for config in configs]
-    return [run for run in found if run is not None]
+    found = [run for config in configs if (run := store.find(config, nodes)) is not None]
+    if len(found) < len(configs):
+        raise RuntimeError(f"{len(configs) - len(found)} runs were killed; the same command runs them again")
+    return found
 
 
 def _keep(store: Store, config: Config, nodes: int, gave: Rounds | str) -> None:

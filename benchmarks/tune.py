@@ -21,7 +21,6 @@ import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,10 +29,11 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from fedpm_flwr.config import Config, ConfigError, Value
+from scripts.processes import exit_on_signals
 
 from .arguments import make_parser
 from .experiments import ALGORITHMS, CONFIGS, DATASETS, NODES, RESULTS, Version, base, configs_file, located
-from .runs import Run, Store, run_missing
+from .runs import Run, Store, in_threads, run_missing
 from .table import Row, publish, rounded
 
 VALIDATION_SHARE = 0.2
@@ -97,12 +97,13 @@ SPACES: Mapping[str, Space] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parse(arguments)
+    exit_on_signals()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rows: list[Row] = []
     for dataset in given.datasets:
         store = Store(given.store or RESULTS / f"tune-{dataset}.jsonl")
         # A search after the other for each method, so that its course does not depend on the number of cores.
-        with ThreadPoolExecutor(given.jobs) as pool:
+        with in_threads(given.jobs) as pool:
             rows += pool.map(partial(search, given, store, dataset), given.methods)
     publish("tune", rows, given.output, trials=given.trials, images=given.images, rounds=given.rounds)
     return 0 if not given.trials or all(row["accuracy"] is not None for row in rows) else 1

@@ -40,6 +40,7 @@ from fedpm_flwr.optim import FOOF
 from fedpm_flwr.report import PREFIX
 from fedpm_flwr.tasks import build_model
 from fedpm_flwr.training import pick_device
+from scripts.processes import exit_on_signals
 
 from .arguments import make_parser
 from .experiments import ALPHAS, DATASETS, METHODS, NODES, PAPER, RESULTS, Version, located, tuned
@@ -97,6 +98,7 @@ SWEEPS: Mapping[str, Callable[[Case], list[Case]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parse(arguments)
+    exit_on_signals()
     cases = [case for dataset in given.datasets for case in cases_of(given, dataset)]
     store = Store(given.store)
     rows: list[Row] = []

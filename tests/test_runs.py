@@ -2,9 +2,12 @@
 
 import json
 import math
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.runs import Rounds, Store, rounds_to, run_missing, settings_of
@@ -83,6 +86,22 @@ def test_what_is_missing_is_run_and_what_failed_is_kept(tmp_path: Path) -> None:
     again = run_missing(Store(store.path), [broken, CONFIG], 2, jobs=2)
     assert [run.failure for run in again] == [failed.failure, ""]
     assert store.path.read_text() == lines
+
+
+def test_a_run_that_is_killed_is_not_kept_as_failed(tmp_path: Path) -> None:
+    def kill_it() -> None:
+        while not (workers := [one for one in psutil.Process().children() if "spawn_main" in str(one.cmdline())]):
+            time.sleep(0.05)
+        for worker in workers:
+            worker.kill()
+
+    store = Store(tmp_path / "runs.jsonl")
+    killer = threading.Thread(target=kill_it)
+    killer.start()
+    with pytest.raises(RuntimeError, match="1 runs were killed; the same command runs them again"):
+        run_missing(store, [CONFIG], 2, jobs=1)
+    killer.join()
+    assert not store.path.exists()
 
 
 def test_rounds_to() -> None:
