@@ -1,12 +1,10 @@
 """The data of a site, read and checked; images in folders; what an operator is told."""
 
-import os
 import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,8 @@ from fedpm_flwr.config import Config
 from fedpm_flwr.inline import Client, run_inline
 from fedpm_flwr.tasks import DataError, Form, client_data, load_dataset, site_data
 from fedpm_flwr.tasks.folders import read_folder
+
+from .helpers import without_rights
 
 FORM = Form((1, 4, 4), torch.float32, 3)
 
@@ -168,18 +168,6 @@ def test_what_is_wrong_is_named(case: str, tmp_path: Path) -> None:
     make, told = BAD[case]
     with pytest.raises(DataError, match=told):
         site_data(str(make(tmp_path)), FORM)
-
-
-@contextmanager
-def without_rights() -> Iterator[None]:
-    """As a user like the one in the containers; root may read everything."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
 
 
 @pytest.mark.parametrize("deep", ["", "more"])
