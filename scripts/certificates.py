@@ -11,8 +11,9 @@ makes in FOLDER
     superexec.secret     for the server: by it a SuperExec is known to a SuperLink of `--isolation process`
 
 Private keys are readable by their owner alone (mode 600), and git is told to leave the folder out. What is there
-already is kept, so that sites can be added later, for which ca.key need not be there. The server's certificate is
-made anew, with ca.key, if its names are others, if it has less than 30 days left, or if --days is given.
+already is kept, so that sites can be added later, for which ca.key and the sites' private keys need not be there.
+The server's certificate is made anew, with ca.key, if its names are others, if it is not that of server.key, if it
+has less than 30 days left (without ca.key this is only told), or if --days is given.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
+    load_ssh_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -43,7 +45,12 @@ _CA_DAYS = 3650
 _SERVER_DAYS = 365
 _RENEWED_WHEN_LEFT = timedelta(days=30)
 _SECRET_BYTES = 32
+_SECRET, _PUBLIC = 0o600, 0o644
+"""Modes of files."""
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST = re.compile(rf"(?=.{{1,253}}$)(\*\.)?({_LABEL}\.)*(?!\d+$){_LABEL}")
+"""The last label is no number: that would be a wrong IP address."""
 
 
 def main() -> int:
@@ -89,16 +96,25 @@ def make(folder: Path, server: list[str], sites: list[str], days: int | None = N
     made: list[Path] = []
     _server(folder, names, days, made)
     if not (secret := folder / "superexec.secret").exists():
-        _write_secret(secret, secrets.token_hex(_SECRET_BYTES).encode())
+        _write(secret, secrets.token_hex(_SECRET_BYTES).encode(), _SECRET)
         made.append(secret)
     for site in sites:
-        private, public = folder / "sites" / site, folder / "sites" / f"{site}.pub"
-        if not private.exists():
-            key = ec.generate_private_key(_CURVE)
-            _write_secret(private, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-            _write_public(public, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n")
-            made += [private, public]
+        _site(folder / "sites" / site, made)
     return made
+
+
+def _site(private: Path, made: list[Path]) -> None:
+    """A site's key. One of which only the public half is here is at its site, where it belongs."""
+    public = private.with_name(f"{private.name}.pub")
+    if public.exists():
+        return
+    if not private.exists():
+        new = ec.generate_private_key(_CURVE)
+        _write(private, new.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), _SECRET)
+        made.append(private)
+    key = load_ssh_private_key(private.read_bytes(), password=None)
+    _write(public, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n", _PUBLIC)
+    made.append(public)
 
 
 def _authority(folder: Path, why: str, made: list[Path]) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
@@ -131,8 +147,8 @@ def _authority(folder: Path, why: str, made: list[Path]) -> tuple[ec.EllipticCur
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA384())
     )
-    _write_secret(key_path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    _write_public(path, certificate.public_bytes(Encoding.PEM))
+    _write(key_path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), _SECRET)
+    _write(path, certificate.public_bytes(Encoding.PEM), _PUBLIC)
     made += [key_path, path]
     return key, certificate
 
@@ -141,7 +157,13 @@ def _server(folder: Path, names: list[x509.GeneralName], days: int | None, made:
     key_path, path = folder / "server.key", folder / "server.crt"
     why = "--days is given" if days is not None else _why_anew(folder, names)
     if not why:
-        return
+        until = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+        if until - datetime.now(UTC) >= _RENEWED_WHEN_LEFT:
+            return
+        why = f"it is valid until {until:%Y-%m-%d} only"
+        if not (folder / "ca.key").exists():  # sites can be added all the same
+            print(f"server.crt is not made anew: {why}, but {folder / 'ca.key'} is not here", file=sys.stderr)
+            return
     ca_key, ca = _authority(folder, why, made)
     key = ec.generate_private_key(_CURVE)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, str(names[0].value)[:64])])
@@ -153,13 +175,13 @@ def _server(folder: Path, names: list[x509.GeneralName], days: int | None, made:
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
         .sign(ca_key, hashes.SHA384())
     )
-    _write_secret(key_path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    _write_public(path, certificate.public_bytes(Encoding.PEM))
+    _write(key_path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), _SECRET)
+    _write(path, certificate.public_bytes(Encoding.PEM), _PUBLIC)
     made += [key_path, path]
 
 
 def _why_anew(folder: Path, names: list[x509.GeneralName]) -> str:
-    """What is wrong with the server's certificate that is there; empty: nothing."""
+    """What is wrong with the server's certificate that is there, but for its age; empty: nothing."""
     for name in ("server.crt", "server.key", "ca.crt"):
         if not (folder / name).exists():
             return f"there is no {name}"
@@ -170,9 +192,17 @@ def _why_anew(folder: Path, names: list[x509.GeneralName]) -> str:
         return "ca.crt is another's"
     if set(old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value) != set(names):
         return "it is valid for other names"
-    if old.not_valid_after_utc - datetime.now(UTC) < _RENEWED_WHEN_LEFT:
-        return f"it is valid until {old.not_valid_after_utc:%Y-%m-%d} only"
-    return ""
+    return "" if _is_key_of(folder / "server.key", old) else "server.key is another's"
+
+
+def _is_key_of(path: Path, certificate: x509.Certificate) -> bool:
+    try:
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except PermissionError:
+        return True  # it is the containers' user's by now
+    except ValueError:  # damaged
+        return False
+    return key.public_key() == certificate.public_key()
 
 
 def _builder(
@@ -194,25 +224,25 @@ def _name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        if not _HOST.fullmatch(host):
+            raise ValueError(
+                f"--server: {host!r:.80} is not allowed; allowed: host names and IP addresses, without a port"
+            ) from None
         return x509.DNSName(host)
 
 
-def _write_secret(path: Path, data: bytes) -> None:
-    """Never readable by others, not even while it is written."""
-    path.unlink(missing_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "wb") as file:
+def _write(path: Path, data: bytes, mode: int) -> None:
+    """Whole or not at all; never readable by more users than it is to be, not even while it is written."""
+    part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(data)
-
-
-def _write_public(path: Path, data: bytes) -> None:
-    """Readable by all, whatever the umask: users in containers are others than the one who makes it."""
-    path.write_bytes(data)
-    path.chmod(0o644)
+    part.chmod(mode)  # whatever the umask: users in containers are others than the one who makes it
+    part.replace(path)
 
 
 def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
+    return [stripped for word in text.split(",") if (stripped := word.strip())]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ class Service:
     mounts: dict[str, str]
     """What, by where in the container: a path of the host, or the name of a volume."""
     read_only: set[str]
+    made_if_missing: set[str]
+    """What Docker would make, as an empty folder of root's, if it were not there."""
     ports: list[str]
     after: dict[str, str]
     """The services that are to be there first, and how: ``service_started`` or ``service_healthy``."""
@@ -47,24 +49,39 @@ def services(files: Sequence[str], variables: Mapping[str, str]) -> dict[str, Se
 
 
 def _service(name: str, content: dict[str, Any], declared: set[str]) -> Service:
-    mounts, read_only = {}, set()
-    for volume in content.get("volumes", ()):
-        source, target, *mode = volume.split(":")
+    mounts, read_only, made_if_missing = {}, set(), set()
+    for volume in map(_long, content.get("volumes", ())):
+        source, target = volume["source"], volume["target"]
+        assert volume["type"] == ("bind" if source.startswith("/") else "volume"), f"{name}: {source}"
         assert source.startswith("/") or source in declared, f"{name}: no volume {source}"
         assert target not in mounts, f"{name}: two mounts at {target}"
         mounts[target] = source
-        if mode == ["ro"]:
+        if volume.get("read_only", False):
             read_only.add(target)
+        if volume["type"] == "bind" and volume.get("bind", {}).get("create_host_path", True):
+            made_if_missing.add(source)
     return Service(
         name=name,
         command=content["command"],
         image=content["image"],
         mounts=mounts,
         read_only=read_only,
+        made_if_missing=made_if_missing,
         ports=[str(port) for port in content.get("ports", ())],
         after={other: how["condition"] for other, how in content.get("depends_on", {}).items()},
         settings=content,
     )
+
+
+def _long(volume: str | dict[str, Any]) -> dict[str, Any]:
+    """A volume in the long syntax, whichever it is in."""
+    if isinstance(volume, dict):
+        assert volume.keys() <= {"type", "source", "target", "read_only", "bind"}
+        return volume
+    source, target, *mode = volume.split(":")
+    assert mode in ([], ["ro"], ["rw"])
+    kind = "bind" if source.startswith("/") else "volume"
+    return {"type": kind, "source": source, "target": target, "read_only": mode == ["ro"]}
 
 
 def _merge(base: Any, overlay: Any, key: str = "") -> Any:

@@ -139,6 +139,11 @@ def test_what_runs_an_applications_code_sees_no_private_key(service: Service) ->
         assert keys <= {"/ca.crt", "/superexec.secret"}
 
 
+@pytest.mark.parametrize("service", ALL)
+def test_a_file_that_is_missing_is_an_error_and_no_new_folder(service: Service) -> None:
+    assert service.made_if_missing == set()
+
+
 def test_keys_beside_the_data_are_not_mounted_with_it() -> None:
     keys = Path(VARIABLES["DATA"]) / "keys"
     clientapp = services(["compose.client.yaml"], {**VARIABLES, "KEYS": str(keys)})["clientapp"]

@@ -19,6 +19,9 @@ import server_app
 from fedpm_flwr.config import Config
 from fedpm_flwr.inline import Client, run_inline
 from fedpm_flwr.tasks import DataError, Form, client_data, load_dataset, site_data
+from fedpm_flwr.tasks.folders import read_folder
+
+from .helpers import without_rights
 
 FORM = Form((1, 4, 4), torch.float32, 3)
 
@@ -165,6 +168,33 @@ def test_what_is_wrong_is_named(case: str, tmp_path: Path) -> None:
     make, told = BAD[case]
     with pytest.raises(DataError, match=told):
         site_data(str(make(tmp_path)), FORM)
+
+
+@pytest.mark.parametrize("deep", ["", "more"])
+def test_images_that_this_user_may_not_read_are_not_left_out(
+    deep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)  # a relative path: the folders above are pytest's, for its own user alone
+    images(Path("site"), ["cat", "dog"])
+    images(Path("site", "dog"), ["more"])
+    assert read_folder("site")[0].labels.tolist() == [0, 0, 1, 1, 1, 1]
+    closed = Path("site", "dog", deep)
+    closed.chmod(0)
+    with without_rights(), pytest.raises(DataError, match=f"^{closed}: cannot be read: Permission denied"):
+        read_folder("site")
+    closed.chmod(0o755)
+
+
+@pytest.mark.parametrize("place", ["owl", "dog/more"])
+def test_links_to_images_elsewhere_are_followed_or_refused(place: str, tmp_path: Path) -> None:
+    site = images(tmp_path / "site", ["cat", "dog"])
+    elsewhere = images(tmp_path / "elsewhere", ["more"])
+    (site / place).symlink_to(elsewhere / "more")
+    assert len(read_folder(str(site))[0]) == 6
+    elsewhere.rename(tmp_path / "gone")
+    with pytest.raises(DataError, match=f"^{site / place}: cannot be read: a link to {elsewhere}/more"):
+        read_folder(str(site))
 
 
 def test_text_has_no_images(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ Everything rests on c = Σ pᵢ cᵢ: where c is off by b, the fixed point is no
 gradient is −b, and no later round mends it. The source has no failures; here (inferred):
 
 - The server keeps Σ nᵢ cᵢ, and for each node the round whose cᵢ is in it. It names that round in its request, so a
-  client whose last reply was lost, left out, or of a failed round steps with the cᵢ of that round, not its newest.
-- A client that has it no longer (its disk was emptied, or two replies in a row were lost: it keeps two) steps
-  with cᵢ = 0 and says so. What it had cannot be subtracted from c any more, so after that round, whose models
-  are averaged as ever, the server begins anew with c = 0 and asks every client to begin with cᵢ = 0. That costs
-  the variates' head start, and keeps the optimum.
+  client whose last replies were lost, left out, or of failed rounds steps with the cᵢ of that round, not its
+  newest; however many they were, it keeps that cᵢ beside its newest.
+- A client that does not have it (its disk was emptied, or could not take it) steps with cᵢ = 0 and says so. What
+  it had cannot be subtracted from c any more, so after that round, whose models are averaged as ever, the server
+  begins anew with c = 0 and asks every client to begin with cᵢ = 0. That costs the variates' head start, and
+  keeps the optimum.
 - N counts the nodes that are connected or whose cᵢ is in c: a node that has left is as one not sampled. Those not
   heard of yet count by the mean nᵢ of the others, and a node's nᵢ in c stays what it first was.
 - Buffers have no variate, and move by the same mean as θ. Clients step without momentum: only then is cᵢ⁺ a mean

@@ -1,6 +1,8 @@
 """Folders of images, one subfolder a class, as torchvision's ImageFolder reads them."""
 
+import os
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -43,6 +45,7 @@ def read_folder(path: str) -> tuple[Examples, tuple[str, ...]]:
 
     if not Path(path).is_dir():
         raise DataError(f"{path}: there is no such folder on this machine")
+    _check_readable(path)
     try:
         folder = ImageFolder(path, allow_empty=True)
     except (FileNotFoundError, OSError) as error:  # what it makes of a folder without classes
@@ -74,3 +77,19 @@ def read_folder(path: str) -> tuple[Examples, tuple[str, ...]]:
         images.append(image)
     labels = torch.tensor(folder.targets, dtype=torch.int64)
     return Examples(torch.from_numpy(np.stack(images)), labels), tuple(folder.classes)
+
+
+def _check_readable(path: str) -> None:
+    """ImageFolder passes over folders that cannot be read, as if they were empty.
+
+    Raises:
+        DataError: naming such a folder, or a link to what is not there, as outside of what a container sees.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    for folder, _, names in os.walk(path, onerror=refuse, followlinks=True):
+        for name in names:
+            if (file := Path(folder, name)).is_symlink() and not os.access(file, os.R_OK):
+                raise DataError(f"{file}: cannot be read: a link to {os.readlink(file)}")

@@ -14,7 +14,7 @@ from fedpm_flwr.config import Config
 from fedpm_flwr.inline import run_inline
 from fedpm_flwr.tasks import client_data
 from scripts.certificates import make
-from scripts.federation import Federation
+from scripts.federation import SPEAKS_GRPC, Federation
 from scripts.processes import of_home
 
 NODES = 3
@@ -78,7 +78,10 @@ def test_with_tls_and_keys_from_the_sites_own_files_and_strangers_refused(tmp_pa
     trusted = ("--root-certificates", str(certificates / "ca.crt"))
     known = ("--auth-supernode-private-key", str(certificates / "sites" / "site-0"))
     unknown = ("--auth-supernode-private-key", str(certificates / "sites" / "stranger"))
-    with Federation(tmp_path / "federation", certificates) as federation:
+    federation = Federation(tmp_path / "federation", certificates)
+    federation.variables["GRPC_VERBOSITY"] = "info"
+    with federation:
+        del federation.variables["GRPC_VERBOSITY"]  # it was for the SuperLink
         for number in range(NODES):
             part = client_data(config(tmp_path), number, NODES)
             inputs, labels = part.dataset[part.indices]
@@ -97,6 +100,7 @@ def test_with_tls_and_keys_from_the_sites_own_files_and_strangers_refused(tmp_pa
         assert said(federation.log_of("unregistered-key"), "Failed to activate SuperNode")
         assert said(federation.log_of("wrong-ca"), "CERTIFICATE_VERIFY_FAILED")
         assert said(federation.log_of("plain"), "Connection attempt failed")
+        assert not SPEAKS_GRPC or said(federation.log_of("superlink"), "WRONG_VERSION_NUMBER")
         nodes = json.loads(federation.flwr("supernode", "list", "federation", "--format", "json"))["nodes"]
         assert len(nodes) == NODES
     check_same(tmp_path / "run", expected)

@@ -116,11 +116,14 @@ def test_with_one_client_of_two_in_a_round_c_is_half_of_its_variate(tmp_path: Pa
     assert min(abs(seen[0] + 0.475), abs(seen[0] - 1.6)) < 1e-14
 
 
-def test_a_lost_reply_is_no_lost_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("rounds", [(5, 8), (5, 6, 7, 8)], ids=["now and then", "four in a row"])
+def test_a_lost_reply_is_no_lost_state(
+    rounds: tuple[int, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The client steps with the cᵢ that the server has, not with its newest, and c stays the mean."""
 
     def lose(job: Job, partition: int, reply: Message) -> None:
-        if job.server_round in (5, 8) and partition == 1:
+        if job.server_round in rounds and partition == 1:
             raise RuntimeError("the reply is lost on its way")
 
     assert theta_after(METHOD, CONFIG, tmp_path, 40, spoil=lose) == pytest.approx(OPTIMUM["uniform"], abs=1e-4)
