@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
-from .durable import SUFFIX, DamagedFileError, read_tensors, remove_parts, write_tensors
+from .durable import SUFFIX, DamagedFileError, read_tensors, write_tensors
 from .report import PREFIX
 
 _KIND = {"format": "fedpm-flwr checkpoint", "version": "1"}
@@ -65,7 +65,6 @@ class Checkpoints:
             raise ValueError(f"keep must be >= 1, not {keep}")
         self.folder, self._keep = folder, keep
         folder.mkdir(parents=True, exist_ok=True)
-        remove_parts(folder)
 
     def rounds(self) -> list[int]:
         """The rounds that there is a checkpoint of, in order."""

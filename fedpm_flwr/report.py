@@ -39,8 +39,6 @@ class RunReport:
     def __init__(self, config: Config) -> None:
         self.folder = _folder(config)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for part in self.folder.glob("*.part"):  # of a run that was killed while it wrote
-            part.unlink(missing_ok=True)
         (self.folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
         self.rows: list[Row] = []
         self._config = config

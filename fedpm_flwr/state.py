@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .durable import SUFFIX, DamagedFileError, read_metadata, read_tensors, remove_parts, write_tensors
+from .durable import SUFFIX, DamagedFileError, read_metadata, read_tensors, write_tensors
 
 _KEPT_ROUNDS = 2
 _COUNTED = "counted"
@@ -84,7 +84,6 @@ class ClientState:
         os.utime(self._run)  # used just now: not the first to be forgotten
         if not self._folder.exists():
             self._make_folder()
-        remove_parts(self._folder)
         told = "" if counted is None else str(counted)
         write_tensors(self._folder / f"{number}{SUFFIX}", tensors, {**_kind(number), _COUNTED: told})
         for old in self._files().keys() - self._needed(number, counted):

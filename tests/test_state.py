@@ -125,14 +125,6 @@ def test_the_run_that_another_begins_at_is_not_forgotten_then(tmp_path: Path) ->
     assert ClientState(tmp_path, "run-7", "a").rounds() == [1, 2]
 
 
-def test_what_was_broken_off_while_it_was_written_is_removed(tmp_path: Path) -> None:
-    state = ClientState(tmp_path, "run", "a")
-    state.save(1, one(1.0))
-    (tmp_path / "run" / "a" / "tmpx.part").write_bytes(b"half")
-    state.save(2, one(2.0))
-    assert not list(tmp_path.rglob("*.part"))
-
-
 def test_what_is_not_ours_is_never_deleted(tmp_path: Path) -> None:
     """The folder may be one that holds other things too, or lead elsewhere."""
     elsewhere = tmp_path / "elsewhere"
