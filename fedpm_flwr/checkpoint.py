@@ -74,7 +74,7 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write one, then remove those that are too many.
+        """Write one, then remove those before it that are too many, and those after it.
 
         Raises:
             OSError: it cannot be written; those before it are as they were.
@@ -92,7 +92,10 @@ class Checkpoints:
         }
         document = json.dumps({name: _encode(part, name, tensors) for name, part in parts.items()})
         write_tensors(self._path(checkpoint.server_round), tensors, {**_KIND, _DOCUMENT: document})
-        for old in self.rounds()[: -self._keep]:
+        # Those after it are of a past that could not be read, or the run would not have been taken up before them.
+        rounds = self.rounds()
+        kept = [number for number in rounds if number <= checkpoint.server_round][-self._keep :]
+        for old in set(rounds).difference(kept):
             self._path(old).unlink(missing_ok=True)
 
     def read(self, server_round: int) -> Checkpoint:

@@ -345,6 +345,18 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     ]
 
 
+def test_the_one_just_written_is_kept_whatever_there_is_of_later_rounds(tmp_path: Path) -> None:
+    """As where later ones were damaged, and fewer are kept than before."""
+    for number in (6, 8, 10):
+        Checkpoints(tmp_path).write(Checkpoint(number, theta(), "S", {}))
+    (tmp_path / "round-10.safetensors").write_bytes(b"damaged")
+    store = Checkpoints(tmp_path, keep=1)
+    assert store.newest().server_round == 8
+    store.write(Checkpoint(9, theta(9.0), "S", {}))
+    assert store.rounds() == [9]
+    assert store.newest().server_round == 9
+
+
 def test_every_bit_of_a_checkpoint_counts(tmp_path: Path) -> None:
     """Whichever one changes, it is told: never are other numbers read."""
     store = Checkpoints(tmp_path)
