@@ -22,7 +22,7 @@ from torch import Tensor
 from .durable import SUFFIX, DamagedFileError, read_tensors, write_tensors
 from .report import PREFIX
 
-_KIND = {"format": "fedpm-flwr checkpoint", "version": "1"}
+_KIND = {"format": "fedpm-flwr checkpoint", "version": "2"}
 _DOCUMENT, _NAME = "document", "round-"
 _HISTORY = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
 _log = logging.getLogger("flwr")
@@ -39,7 +39,7 @@ class Checkpoint:
     strategy: str
     """The name of the strategy's class."""
     memory: dict[str, Any]
-    """What the strategy remembers (``Guarded.remembered``), or another's attributes by name."""
+    """What the strategy remembers (``Guarded.remembered``); of another, its attributes and the run's names."""
     exchanges: int = 0
     """Of which the seed of client sampling is a function (``PartitionOrderedGrid``)."""
     history: Result = field(default_factory=Result)

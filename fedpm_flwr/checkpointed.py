@@ -9,6 +9,7 @@ checkpoint stands, to the same models that an uninterrupted run ends with if the
 
 import logging
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
+from . import messages
 from .checkpoint import Checkpoint, Checkpoints
 from .events import event
 from .grids import StreamingGrid
@@ -94,6 +96,8 @@ class Checkpointed(Strategy):
             name = type(strategy).__name__
             _log.warning("%scheckpoints lack what %s keeps between rounds, which is unknown", PREFIX, name)
         self._offset = 0
+        self._names: dict[str, Any] = {"experiment": uuid.uuid4().hex, "forked_from": []}
+        """By which clients keep their state, as ``Guarded`` has them: of the other strategies, which have none."""
         self._result = Result()
         self._ordered: PartitionOrderedGrid | None = None
         if self.resumed is not None:
@@ -158,7 +162,7 @@ class Checkpointed(Strategy):
         """As the strategy; clients are told which states may be asked for again."""
         if isinstance(self.strategy, Guarded):
             self.strategy.checkpoints = self._checkpoints.rounds()
-        return self.strategy.configure_train(server_round + self._offset, arrays, config, grid)
+        return self.strategy.configure_train(server_round + self._offset, arrays, self._named(config), grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -175,7 +179,7 @@ class Checkpointed(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """As the strategy."""
-        return self.strategy.configure_evaluate(server_round + self._offset, arrays, config, grid)
+        return self.strategy.configure_evaluate(server_round + self._offset, arrays, self._named(config), grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """As the strategy."""
@@ -183,6 +187,11 @@ class Checkpointed(Strategy):
         if metrics is not None:
             self._result.evaluate_metrics_clientapp[server_round + self._offset] = metrics
         return metrics
+
+    def _named(self, config: ConfigRecord) -> ConfigRecord:
+        if isinstance(self.strategy, Guarded):  # it does so itself
+            return config
+        return messages.named(config, **self._names, checkpoints=self._checkpoints.rounds())
 
     def _write(self, server_round: int, arrays: ArrayRecord) -> None:
         started = time.monotonic()
@@ -210,16 +219,19 @@ class Checkpointed(Strategy):
     def _remembered(self) -> dict[str, Any]:
         if isinstance(self.strategy, Guarded):
             return self.strategy.remembered()
-        return {name: getattr(self.strategy, name) for name in _STOCK.get(type(self.strategy), ())}
+        kept = {name: getattr(self.strategy, name) for name in _STOCK.get(type(self.strategy), ())}
+        return self._names | kept
 
     def _recall(self, checkpoint: Checkpoint) -> None:
         name = type(self.strategy).__name__
         if checkpoint.strategy != name:
             raise ValueError(f"the checkpoint is of the strategy {checkpoint.strategy}, not {name}")
+        memory = forked(checkpoint.memory, checkpoint.server_round)
         if isinstance(self.strategy, Guarded):
-            self.strategy.recall(forked(checkpoint.memory, checkpoint.server_round))
+            self.strategy.recall(memory)
         else:
-            for attribute, value in checkpoint.memory.items():
+            self._names = {name: memory.pop(name) for name in self._names}
+            for attribute, value in memory.items():
                 setattr(self.strategy, attribute, value)
         self._offset, self._result = checkpoint.server_round, checkpoint.history
 

@@ -225,13 +225,7 @@ class Guarded(FedAvg):
             del reply
 
     def _named(self, config: ConfigRecord) -> ConfigRecord:
-        named = ConfigRecord({**config, messages.EXPERIMENT: self.experiment or "unnamed"})
-        if self.checkpoints is not None:
-            # Never empty: Flower cannot count the bytes of empty text.
-            named[messages.CHECKPOINTS] = " ".join(map(str, self.checkpoints)) or "none"
-        if self.forked_from:
-            named[messages.FORKED_FROM] = " ".join(f"{run}/{number}" for run, number in self.forked_from)
-        return named
+        return messages.named(config, self.experiment or "unnamed", self.forked_from, self.checkpoints)
 
     def _as_sent(self, arrays: ArrayRecord) -> ArrayRecord:
         """The aggregate in θ's dtypes: averaging makes floats of integers."""

@@ -3,25 +3,27 @@
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, Krum, Strategy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import client_app
 import server_app
-from fedpm_flwr import messages
+from fedpm_flwr import checkpoint, messages
 from fedpm_flwr.checkpoint import Checkpoint, Checkpoints
 from fedpm_flwr.checkpointed import Checkpointed
-from fedpm_flwr.config import ALGORITHMS, Config
+from fedpm_flwr.config import ALGORITHMS, UPDATES, Config
 from fedpm_flwr.durable import DamagedFileError
 from fedpm_flwr.inline import Client, InlineGrid, run_inline, task_identity
+from fedpm_flwr.packing import PackedGrid, packed_arrays
 from fedpm_flwr.report import Row, RunReport
 from fedpm_flwr.reproducible import PartitionOrderedGrid
 from fedpm_flwr.strategy import FedPM
@@ -245,6 +247,18 @@ def stepping(message: Message, context: Context) -> Message:
     return reply
 
 
+def rounding(message: Message, context: Context) -> Message:
+    """A client like it, whose changes do not fit into 8 or 16 bits."""
+
+    def uneven(message: Message, context: Context) -> Message:
+        reply = stepping(message, context)
+        for record in reply.content.array_records.values():
+            record["w"] = Array(record["w"].numpy() * np.array([1.0, 0.337], np.float32))
+        return reply
+
+    return packed_arrays(message, context, uneven)
+
+
 STOCK: dict[str, Callable[[], Strategy]] = {
     "FedAvg": FedAvg,
     "FedAvgM": lambda: FedAvgM(server_momentum=0.5),
@@ -252,21 +266,27 @@ STOCK: dict[str, Callable[[], Strategy]] = {
 }
 
 
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("name", STOCK)
-def test_flowers_own_strategies_likewise(name: str, tmp_path: Path) -> None:
+def test_flowers_own_strategies_likewise(name: str, update: str, tmp_path: Path) -> None:
+    seeds = count()  # of the IDs of runs and nodes
+
     def start(strategy: Strategy, rounds: int) -> Any:
-        grid = InlineGrid(stepping, 3, {}, seed=1)
+        grid = InlineGrid(rounding, 3, {"state-folder": str(tmp_path / "state")}, seed=next(seeds))
         with task_identity(grid.run.run_id):
             return strategy.start(
-                grid=PartitionOrderedGrid(grid, 0),
+                grid=PartitionOrderedGrid(PackedGrid(grid, update), 0),
                 initial_arrays=theta(),
                 num_rounds=rounds,
                 evaluate_fn=lambda r, arrays: MetricRecord({"round": r, "w": arrays["w"].numpy().tolist()}),
             )
 
     whole = start(STOCK[name](), 5)
-    start(Checkpointed(STOCK[name](), tmp_path), 2)
-    resumed = start(Checkpointed(STOCK[name](), tmp_path, resume=tmp_path), 5)
+    first, second = tmp_path / "first", tmp_path / "second"
+    start(Checkpointed(STOCK[name](), first, every=2), 3)  # clients are then ahead of the checkpoint
+    (first / "round-3.safetensors").unlink()
+    start(Checkpointed(STOCK[name](), second, resume=first), 3)
+    resumed = start(Checkpointed(STOCK[name](), second, resume=second), 5)
     assert np.array_equal(whole.arrays["w"].numpy(), resumed.arrays["w"].numpy())
     for history in ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp"):
         assert getattr(whole, history) == getattr(resumed, history), history
@@ -278,7 +298,7 @@ def test_of_an_unknown_strategy_the_model_alone_is_kept(tmp_path: Path, caplog: 
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
-    Checkpoints(tmp_path).write(Checkpoint(1, theta(), "FedAvg", {}))
+    Checkpoints(tmp_path).write(Checkpoint(1, theta(), "FedAvg", {"experiment": "run", "forked_from": []}))
     strategy = Checkpointed(FedAvg(), tmp_path, resume=tmp_path)
     grid = InlineGrid(stepping, 2, {})
     for other, told in (
@@ -290,6 +310,16 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"the checkpoint is of another model: {told}"):
             strategy.start(grid=grid, initial_arrays=other)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One that has no record of the runs that its run was forked from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(checkpoint._KIND, "version", "1")
+        Checkpoints(tmp_path).write(Checkpoint(1, theta(), "FedPM", {"experiment": "run", "failed_rounds": 0}))
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint that can be read"):
+        Checkpointed(FedPM(), tmp_path, resume=tmp_path)
+    assert """it says {"format": "fedpm-flwr checkpoint", "version": "1"}, not""" in caplog.text
 
 
 def test_whatever_a_strategy_remembers_comes_back(tmp_path: Path) -> None:
