@@ -43,7 +43,7 @@ def test_what_is_somebody_elses_stays(tmp_path: Path) -> None:
     foreign = ["holiday.mp4.part", "model.safetensors.part", ".tmpxDNXfO"]
     for name in foreign:
         (tmp_path / name).write_text("years of work")
-    RunReport(Config(output=str(tmp_path))).keep({"w": torch.zeros(2)}, 1)
+    RunReport(Config(), tmp_path).keep({"w": torch.zeros(2)}, 1)
     assert names(tmp_path) == sorted([*foreign, "config.toml", "model.safetensors"])
 
 

@@ -201,8 +201,12 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(
 def test_what_cannot_be_taken_up_is_refused(tmp_path: Path) -> None:
     done = tmp_path / "run"
     run(done, {"num-server-rounds": 1, "checkpoint-every": 1})
+    settings = (done / "config.toml").read_text()
     with pytest.raises(ValueError, match="holds checkpoints of a run: resume it, or begin"):
         run(done, {"checkpoint-every": 1})
+    with pytest.raises(RuntimeError, match="size mismatch for"):
+        run(done, {"dataset": "digits"}, resume=str(done))
+    assert (done / "config.toml").read_text() == settings
     run(tmp_path / "other", {"num-server-rounds": 2, "checkpoint-every": 1})
     with pytest.raises(ValueError, match="holds checkpoints of a run"):
         run(tmp_path / "other", {"checkpoint-every": 1}, resume=str(done))
