@@ -8,6 +8,7 @@ checkpoint stands, to the same models that an uninterrupted run ends with if the
 """
 
 import logging
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +32,7 @@ from flwr.serverapp.strategy import (
 
 from . import messages
 from .checkpoint import Checkpoint, Checkpoints
+from .durable import copy_if_there
 from .events import event
 from .grids import StreamingGrid
 from .guarded import Guarded, forked
@@ -43,6 +45,8 @@ _STOCK: dict[type[Strategy], tuple[str, ...]] = {
     **dict.fromkeys((FedAdam, FedAdagrad, FedYogi), ("m_t", "v_t")),
 }
 """What Flower's own strategies need from round to round."""
+_STATES = "states"
+"""In the folder of the checkpoints: what the server keeps of its clients."""
 _log = logging.getLogger("flwr")
 
 
@@ -53,7 +57,8 @@ class Checkpointed(Strategy):
     again are numbered on from where it stood, for the strategy, ``evaluate_fn`` and the results; Flower's own log
     counts from 1.
 
-    What clients keep between rounds has to be there still, in the same ``state-folder``.
+    What clients keep between rounds has to be there still, in the same ``state-folder``. What the server itself
+    keeps of them, as ``FedPM`` does their control variates, is with the checkpoints.
 
     Args:
         strategy: a ``Guarded`` one, or one of Flower's; of others only the model is kept, and a warning says so.
@@ -83,12 +88,15 @@ class Checkpointed(Strategy):
         if every < 1:
             raise ValueError(f"every must be >= 1, not {every}")
         self.strategy = strategy
+        if isinstance(strategy, Guarded):
+            strategy.state_folder = Path(folder) / _STATES
         self._every, self._settings = every, dict(settings or {})
         if resume is not None and not Path(resume).is_dir():
             raise FileNotFoundError(f"there is no folder {resume} of checkpoints")
         self.resumed = None if resume is None else Checkpoints(Path(resume)).newest()
         """The checkpoint that the run begins at; None: it begins at round 1."""
         self._checkpoints = Checkpoints(Path(folder), keep)
+        self._source = None if resume is None else Path(resume)
         is_own = resume is not None and Path(resume).resolve() == Path(folder).resolve()
         if not is_own and self._checkpoints.rounds():
             raise ValueError(f"{folder} holds checkpoints of a run: resume it, or begin another in another folder")
@@ -128,6 +136,7 @@ class Checkpointed(Strategy):
         if self.resumed is not None:
             _check_same(self.resumed.arrays, initial_arrays)
             initial_arrays = self.resumed.arrays
+            self._fetch_states()
         if isinstance(self.strategy, Guarded):
             self.strategy.timeout = timeout
         self._ordered = grid if isinstance(grid, PartitionOrderedGrid) else None
@@ -187,6 +196,16 @@ class Checkpointed(Strategy):
         if metrics is not None:
             self._result.evaluate_metrics_clientapp[server_round + self._offset] = metrics
         return metrics
+
+    def _fetch_states(self) -> None:
+        """Copy what the server keeps of its clients from where it has been, if that is another folder."""
+        if not isinstance(self.strategy, Guarded) or self._source is None:
+            return
+        to = self._checkpoints.folder / _STATES
+        for run, _ in self.strategy.forked_from:
+            kept = self._source / _STATES / run
+            if kept.is_dir() and kept.resolve() != (to / run).resolve():
+                shutil.copytree(kept, to / run, copy_function=copy_if_there, dirs_exist_ok=True)
 
     def _named(self, config: ConfigRecord) -> ConfigRecord:
         if isinstance(self.strategy, Guarded):  # it does so itself

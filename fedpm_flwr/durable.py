@@ -6,7 +6,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,12 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         if tensor.numel():
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def copy_if_there(source: Path | str, to: Path | str) -> None:
+    """A copy, flushed to the disk; none if the file is gone, as where a run that goes on needs it no longer."""
+    with suppress(FileNotFoundError):
+        flush(Path(shutil.copy2(source, to)))
 
 
 def flush(path: Path) -> None:

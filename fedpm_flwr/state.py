@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .durable import SUFFIX, DamagedFileError, flush, read_metadata, read_tensors, write_tensors
+from .durable import SUFFIX, DamagedFileError, copy_if_there, flush, read_metadata, read_tensors, write_tensors
 
 _KEPT_ROUNDS = 2
 _COUNTED = "counted"
@@ -152,9 +152,7 @@ class ClientState:
         part.mkdir(mode=0o700)
         try:
             for path in self._files().values():
-                # One may be gone by now, if the other run still goes on here: then nobody counts on it.
-                with suppress(FileNotFoundError):
-                    flush(Path(shutil.copy2(path, part)))
+                copy_if_there(path, part)
             flush(part)
             os.rename(part, self._folder)
         except BaseException:

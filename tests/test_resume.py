@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -150,6 +151,22 @@ def test_several_runs_begin_at_one_checkpoint(case: str, tmp_path: Path, caplog:
     break_off(child, {**settings, "resume": str(broken)}, in_round=4, every=1)
     run(tmp_path / "broken" / "grandchild", {**settings, "checkpoint-every": 1}, resume=str(child))
     check_same(tmp_path / "whole" / "run", tmp_path / "broken" / "grandchild")
+    assert "the client goes on without it" not in caplog.text
+
+
+def test_checkpoints_hold_all_that_the_server_needs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Their folder may be taken elsewhere, and the first one is not needed once a run has begun at it."""
+    settings = CASES["half corrected"]
+    run(tmp_path / "whole" / "run", settings)
+    broken, first = tmp_path / "broken" / "run", tmp_path / "broken" / "moved"
+    break_off(broken, settings, in_round=4)
+    assert not list((tmp_path / "broken" / "state").rglob("server-*"))
+    broken.rename(first)
+    second, third = tmp_path / "broken" / "second", tmp_path / "broken" / "third"
+    break_off(second, {**settings, "resume": str(first)}, in_round=4, every=1)
+    shutil.rmtree(first)
+    run(third, settings, resume=str(second))
+    check_same(tmp_path / "whole" / "run", third)
     assert "the client goes on without it" not in caplog.text
 
 
