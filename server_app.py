@@ -1,9 +1,12 @@
 """The application's server: wiring only."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
 
 from fedpm_flwr import messages
 from fedpm_flwr.algorithms import get_algorithm, settings_without_effect
@@ -13,7 +16,7 @@ from fedpm_flwr.events import events_to
 from fedpm_flwr.grids import UplinkMeter
 from fedpm_flwr.packing import PackedGrid
 from fedpm_flwr.recorder import Recorder
-from fedpm_flwr.report import RunReport
+from fedpm_flwr.report import RunReport, output_folder
 from fedpm_flwr.reproducible import PartitionOrderedGrid
 from fedpm_flwr.tasks import build_model, distance, load_dataset, load_reference, load_weights
 from fedpm_flwr.training import evaluate, loader, pick_device, reproducible
@@ -35,31 +38,24 @@ def main(grid: Grid, context: Context) -> None:
         load_weights(model, config.initial_model)
     reference = load_reference(model, config.reference_model) if config.reference_model else None
     test_batches = loader(split.test, _EVALUATION_BATCH)
-    report = RunReport(config)
+    strategy = get_algorithm(config.algorithm).strategy(config)
+    folder = output_folder(config)
+    checkpointed = _checkpointed(strategy, folder, config)
+    resumed = checkpointed.resumed if checkpointed else None
+    if resumed:
+        model.load_state_dict(resumed.arrays.to_torch_state_dict())
+    report = RunReport(config, folder)  # only now: what is refused changes nothing in an earlier run's folder
     for line in settings_without_effect(config):
         report.say(line)
     meter = UplinkMeter(grid)
     packed = PackedGrid(meter, config.update) if config.packed_arrays else meter
     ordered = PartitionOrderedGrid(packed, config.seed, config.round_timeout)
-    strategy = get_algorithm(config.algorithm).strategy(config)
     recorder = Recorder(report, meter, strategy)
-    start = strategy.start
-    if config.checkpoint_every or config.resume:
-        checkpointed = Checkpointed(
-            strategy,
-            report.folder / "checkpoints",
-            every=config.checkpoint_every or config.num_server_rounds,
-            keep=config.checkpoint_keep,
-            resume=f"{config.resume}/checkpoints" if config.resume else None,
-            settings=config.to_run_config(),
-        )
-        if checkpointed.resumed:
-            report.say(f"taken up after round {checkpointed.resumed.server_round} of {config.resume}")
-            for line in config.changed_since(checkpointed.resumed.settings):
-                report.say(line)
-            model.load_state_dict(checkpointed.resumed.arrays.to_torch_state_dict())
-            recorder.restore(checkpointed.resumed.history.evaluate_metrics_serverapp)
-        start = checkpointed.start
+    if resumed:
+        report.say(f"taken up after round {resumed.server_round} of {config.resume}")
+        for line in config.changed_since(resumed.settings):
+            report.say(line)
+        recorder.restore(resumed.history.evaluate_metrics_serverapp)
 
     def evaluate_global_model(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
@@ -71,8 +67,8 @@ def main(grid: Grid, context: Context) -> None:
         return recorder.end_round(server_round, tested)
 
     try:
-        with reproducible(config.seed, config.threads, device), events_to(report.folder / "events.jsonl"):
-            result = start(
+        with reproducible(config.seed, config.threads, device), events_to(folder / "events.jsonl"):
+            result = (checkpointed or strategy).start(
                 grid=ordered,
                 initial_arrays=ArrayRecord(model.state_dict()),
                 num_rounds=config.num_server_rounds,
@@ -87,3 +83,16 @@ def main(grid: Grid, context: Context) -> None:
         report.close()
         raise
     report.finish(model.state_dict())
+
+
+def _checkpointed(strategy: Strategy, folder: Path, config: Config) -> Checkpointed | None:
+    if not (config.checkpoint_every or config.resume):
+        return None
+    return Checkpointed(
+        strategy,
+        folder / "checkpoints",
+        every=config.checkpoint_every or config.num_server_rounds,
+        keep=config.checkpoint_keep,
+        resume=f"{config.resume}/checkpoints" if config.resume else None,
+        settings=config.to_run_config(),
+    )

@@ -19,10 +19,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
-from .durable import SUFFIX, DamagedFileError, read_tensors, remove_parts, write_tensors
+from .durable import SUFFIX, DamagedFileError, read_tensors, write_tensors
 from .report import PREFIX
 
-_KIND = {"format": "fedpm-flwr checkpoint", "version": "1"}
+_KIND = {"format": "fedpm-flwr checkpoint", "version": "2"}
 _DOCUMENT, _NAME = "document", "round-"
 _HISTORY = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
 _log = logging.getLogger("flwr")
@@ -39,7 +39,7 @@ class Checkpoint:
     strategy: str
     """The name of the strategy's class."""
     memory: dict[str, Any]
-    """What the strategy remembers (``Guarded.remembered``), or another's attributes by name."""
+    """What the strategy remembers (``Guarded.remembered``); of another, its attributes and the run's names."""
     exchanges: int = 0
     """Of which the seed of client sampling is a function (``PartitionOrderedGrid``)."""
     history: Result = field(default_factory=Result)
@@ -65,7 +65,6 @@ class Checkpoints:
             raise ValueError(f"keep must be >= 1, not {keep}")
         self.folder, self._keep = folder, keep
         folder.mkdir(parents=True, exist_ok=True)
-        remove_parts(folder)
 
     def rounds(self) -> list[int]:
         """The rounds that there is a checkpoint of, in order."""
@@ -75,7 +74,7 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write one, then remove those that are too many.
+        """Write one, then remove those before it that are too many, and those after it.
 
         Raises:
             OSError: it cannot be written; those before it are as they were.
@@ -93,7 +92,10 @@ class Checkpoints:
         }
         document = json.dumps({name: _encode(part, name, tensors) for name, part in parts.items()})
         write_tensors(self._path(checkpoint.server_round), tensors, {**_KIND, _DOCUMENT: document})
-        for old in self.rounds()[: -self._keep]:
+        # Those after it are of a past that could not be read, or the run would not have been taken up before them.
+        rounds = self.rounds()
+        kept = [number for number in rounds if number <= checkpoint.server_round][-self._keep :]
+        for old in set(rounds).difference(kept):
             self._path(old).unlink(missing_ok=True)
 
     def read(self, server_round: int) -> Checkpoint:

@@ -8,7 +8,9 @@ checkpoint stands, to the same models that an uninterrupted run ends with if the
 """
 
 import logging
+import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
+from . import messages
 from .checkpoint import Checkpoint, Checkpoints
+from .durable import copy_if_there
 from .events import event
 from .grids import StreamingGrid
 from .guarded import Guarded, forked
@@ -41,6 +45,8 @@ _STOCK: dict[type[Strategy], tuple[str, ...]] = {
     **dict.fromkeys((FedAdam, FedAdagrad, FedYogi), ("m_t", "v_t")),
 }
 """What Flower's own strategies need from round to round."""
+_STATES = "states"
+"""In the folder of the checkpoints: what the server keeps of its clients."""
 _log = logging.getLogger("flwr")
 
 
@@ -51,7 +57,8 @@ class Checkpointed(Strategy):
     again are numbered on from where it stood, for the strategy, ``evaluate_fn`` and the results; Flower's own log
     counts from 1.
 
-    What clients keep between rounds has to be there still, in the same ``state-folder``.
+    What clients keep between rounds has to be there still, in the same ``state-folder``. What the server itself
+    keeps of them, as ``FedPM`` does their control variates, is with the checkpoints.
 
     Args:
         strategy: a ``Guarded`` one, or one of Flower's; of others only the model is kept, and a warning says so.
@@ -81,12 +88,15 @@ class Checkpointed(Strategy):
         if every < 1:
             raise ValueError(f"every must be >= 1, not {every}")
         self.strategy = strategy
+        if isinstance(strategy, Guarded):
+            strategy.state_folder = Path(folder) / _STATES
         self._every, self._settings = every, dict(settings or {})
         if resume is not None and not Path(resume).is_dir():
             raise FileNotFoundError(f"there is no folder {resume} of checkpoints")
         self.resumed = None if resume is None else Checkpoints(Path(resume)).newest()
         """The checkpoint that the run begins at; None: it begins at round 1."""
         self._checkpoints = Checkpoints(Path(folder), keep)
+        self._source = None if resume is None else Path(resume)
         is_own = resume is not None and Path(resume).resolve() == Path(folder).resolve()
         if not is_own and self._checkpoints.rounds():
             raise ValueError(f"{folder} holds checkpoints of a run: resume it, or begin another in another folder")
@@ -94,6 +104,8 @@ class Checkpointed(Strategy):
             name = type(strategy).__name__
             _log.warning("%scheckpoints lack what %s keeps between rounds, which is unknown", PREFIX, name)
         self._offset = 0
+        self._names: dict[str, Any] = {"experiment": uuid.uuid4().hex, "forked_from": []}
+        """By which clients keep their state, as ``Guarded`` has them: of the other strategies, which have none."""
         self._result = Result()
         self._ordered: PartitionOrderedGrid | None = None
         if self.resumed is not None:
@@ -124,6 +136,7 @@ class Checkpointed(Strategy):
         if self.resumed is not None:
             _check_same(self.resumed.arrays, initial_arrays)
             initial_arrays = self.resumed.arrays
+            self._fetch_states()
         if isinstance(self.strategy, Guarded):
             self.strategy.timeout = timeout
         self._ordered = grid if isinstance(grid, PartitionOrderedGrid) else None
@@ -158,7 +171,7 @@ class Checkpointed(Strategy):
         """As the strategy; clients are told which states may be asked for again."""
         if isinstance(self.strategy, Guarded):
             self.strategy.checkpoints = self._checkpoints.rounds()
-        return self.strategy.configure_train(server_round + self._offset, arrays, config, grid)
+        return self.strategy.configure_train(server_round + self._offset, arrays, self._named(config), grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -175,7 +188,7 @@ class Checkpointed(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """As the strategy."""
-        return self.strategy.configure_evaluate(server_round + self._offset, arrays, config, grid)
+        return self.strategy.configure_evaluate(server_round + self._offset, arrays, self._named(config), grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """As the strategy."""
@@ -183,6 +196,21 @@ class Checkpointed(Strategy):
         if metrics is not None:
             self._result.evaluate_metrics_clientapp[server_round + self._offset] = metrics
         return metrics
+
+    def _fetch_states(self) -> None:
+        """Copy what the server keeps of its clients from where it has been, if that is another folder."""
+        if not isinstance(self.strategy, Guarded) or self._source is None:
+            return
+        to = self._checkpoints.folder / _STATES
+        for run, _ in self.strategy.forked_from:
+            kept = self._source / _STATES / run
+            if kept.is_dir() and kept.resolve() != (to / run).resolve():
+                shutil.copytree(kept, to / run, copy_function=copy_if_there, dirs_exist_ok=True)
+
+    def _named(self, config: ConfigRecord) -> ConfigRecord:
+        if isinstance(self.strategy, Guarded):  # it does so itself
+            return config
+        return messages.named(config, **self._names, checkpoints=self._checkpoints.rounds())
 
     def _write(self, server_round: int, arrays: ArrayRecord) -> None:
         started = time.monotonic()
@@ -210,16 +238,19 @@ class Checkpointed(Strategy):
     def _remembered(self) -> dict[str, Any]:
         if isinstance(self.strategy, Guarded):
             return self.strategy.remembered()
-        return {name: getattr(self.strategy, name) for name in _STOCK.get(type(self.strategy), ())}
+        kept = {name: getattr(self.strategy, name) for name in _STOCK.get(type(self.strategy), ())}
+        return self._names | kept
 
     def _recall(self, checkpoint: Checkpoint) -> None:
         name = type(self.strategy).__name__
         if checkpoint.strategy != name:
             raise ValueError(f"the checkpoint is of the strategy {checkpoint.strategy}, not {name}")
+        memory = forked(checkpoint.memory, checkpoint.server_round)
         if isinstance(self.strategy, Guarded):
-            self.strategy.recall(forked(checkpoint.memory, checkpoint.server_round))
+            self.strategy.recall(memory)
         else:
-            for attribute, value in checkpoint.memory.items():
+            self._names = {name: memory.pop(name) for name in self._names}
+            for attribute, value in memory.items():
                 setattr(self.strategy, attribute, value)
         self._offset, self._result = checkpoint.server_round, checkpoint.history
 

@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from torch import Tensor
 from .wire import own_copies
 
 SUFFIX = ".safetensors"
-_PART = ".part"
+_PART = re.compile(rf".+\{SUFFIX}\.[0-9a-f]{{32}}\.part")
+"""The folder that a file is written in, beside the place where it is to be."""
 _DIGEST = "sha256"
 
 
@@ -29,27 +32,31 @@ def write_tensors(
 ) -> None:
     """A safetensors file with these tensors and this text, beside the SHA-256 of both.
 
-    It is written under another name, flushed to the disk and renamed: who looks for ``path`` finds the old
-    file or the new one. ``private``: readable by its user alone; else as other files are.
+    It is written in a folder of its own, flushed to the disk and moved: who looks for ``path`` finds the old
+    file or the new one. What a writer that was killed has left beside it is removed: nobody else may be writing
+    such files into the same folder. ``private``: readable by its user alone; else as other files are.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to; the old file is as it was.
     """
     own = own_copies(tensors)
-    part = f"{path}.{uuid.uuid4().hex}{_PART}"
-    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))
-    mode = os.stat(part).st_mode & 0o777  # less what the umask takes; safetensors makes a file of its own
+    _remove_parts(path.parent)
+    # A folder: safetensors first writes a file under a name of its own choosing, beside the one that is wanted.
+    folder = Path(f"{path}.{uuid.uuid4().hex}.part")
+    folder.mkdir(mode=0o700)
+    part = folder / path.name
     try:
+        part.touch(0o600 if private else 0o666)
+        mode = part.stat().st_mode & 0o777  # less what the umask takes; safetensors makes a file of its own
         save_file(own, part, {**metadata, _DIGEST: _digest(own, metadata)})
-        os.chmod(part, mode)
-        _flush(Path(part))
+        part.chmod(mode)
+        flush(part)
         os.replace(part, path)
-        _flush(path.parent)
-    except BaseException as error:
-        Path(part).unlink(missing_ok=True)
-        if isinstance(error, SafetensorError):  # what it makes of a full disk
-            raise OSError(f"{path}: {error}") from error
-        raise
+        flush(path.parent)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -85,10 +92,10 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DamagedFileError(f"{path}: not a safetensors file, or cut short: {error}") from error
 
 
-def remove_parts(folder: Path) -> None:
-    """What writing has left behind that was broken off, as by a power cut; nobody else may be writing there."""
-    for part in folder.glob(f"*{_PART}"):
-        part.unlink(missing_ok=True)
+def _remove_parts(folder: Path) -> None:
+    for part in folder.iterdir():
+        if _PART.fullmatch(part.name):
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -102,7 +109,13 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
+def copy_if_there(source: Path | str, to: Path | str) -> None:
+    """A copy, flushed to the disk; none if the file is gone, as where a run that goes on needs it no longer."""
+    with suppress(FileNotFoundError):
+        flush(Path(shutil.copy2(source, to)))
+
+
+def flush(path: Path) -> None:
     """To the disk itself, file or folder, where the system can."""
     if os.name != "posix" and path.is_dir():
         return

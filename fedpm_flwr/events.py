@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,25 @@ class _Lines(logging.Handler):
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": time, "level": record.levelname, **getattr(record, _FIELD)})
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            _add(self._path, line.encode() + b"\n")
         except OSError as error:  # these lines are lost, the run is not; told once
             if not self._is_told:
                 self._is_told = True
                 RunReport.say(f"events could not be written, the run goes on: {error}")
+
+
+def _add(path: Path, line: bytes) -> None:
+    """To the end of a file, all of it or nothing: half a line would spoil the next one too.
+
+    Raises:
+        OSError: as where the disk is full.
+    """
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while line:  # a disk with little space left takes a part
+                line = line[file.write(line) :]
+        except OSError:
+            with suppress(OSError):  # what is no regular file
+                file.truncate(before)
+            raise

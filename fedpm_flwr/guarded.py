@@ -69,6 +69,9 @@ class Guarded(FedAvg):
         clients a run that is taken up again is another one: what they did after the checkpoint does not count."""
         self.checkpoints: list[int] | None = None
         """The rounds that the run may be taken up after again: clients keep their states of then. None: never."""
+        self.state_folder: Path | None = None
+        """Of what this server itself keeps of its clients (``state_of``); None: as for ``ClientState``. Under
+        ``Checkpointed`` it is with the checkpoints."""
         self.timeout: float | None = 3600.0
         """Seconds that an exchange of messages may take: Flower's own for a round, or as ``start`` is given."""
         self._asked = False
@@ -185,10 +188,10 @@ class Guarded(FedAvg):
         partition = self._partition_of(node)
         return node if partition is None else partition
 
-    def state_of(self, folder: Path | None, client: int) -> ClientState:
-        """What this server itself keeps of a client, on disk (``folder`` as for ``ClientState``)."""
-        name, checkpoints = f"server-{client}", self.checkpoints or ()
-        return ClientState(folder, self.experiment, name, checkpoints=checkpoints, forked_from=self.forked_from)
+    def state_of(self, client: int) -> ClientState:
+        """What this server itself keeps of a client, on disk."""
+        folder, run, checkpoints = self.state_folder, self.experiment, self.checkpoints or ()
+        return ClientState(folder, run, f"server-{client}", checkpoints=checkpoints, forked_from=self.forked_from)
 
     def read(self, reply: Message) -> Update:
         """The checked update in a training reply.
@@ -225,13 +228,7 @@ class Guarded(FedAvg):
             del reply
 
     def _named(self, config: ConfigRecord) -> ConfigRecord:
-        named = ConfigRecord({**config, messages.EXPERIMENT: self.experiment or "unnamed"})
-        if self.checkpoints is not None:
-            # Never empty: Flower cannot count the bytes of empty text.
-            named[messages.CHECKPOINTS] = " ".join(map(str, self.checkpoints)) or "none"
-        if self.forked_from:
-            named[messages.FORKED_FROM] = " ".join(f"{run}/{number}" for run, number in self.forked_from)
-        return named
+        return messages.named(config, self.experiment or "unnamed", self.forked_from, self.checkpoints)
 
     def _as_sent(self, arrays: ArrayRecord) -> ArrayRecord:
         """The aggregate in θ's dtypes: averaging makes floats of integers."""

@@ -6,7 +6,7 @@ got), ``metrics`` (one MetricRecord with ``num-examples``) and, if the server as
 ClientApp is LocalNewton under FedAvg and FedPM under FedPM.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -99,6 +99,22 @@ def client_state(request: Message, folder: Path | None, client: str, run: str = 
         checkpoints=[int(word) for word in (asked(request, CHECKPOINTS) or "").split() if word != "none"],
         forked_from=[(name, int(number)) for name, _, number in forked],
     )
+
+
+def named(
+    config: ConfigRecord,
+    experiment: str,
+    forked_from: Iterable[tuple[str, int]],
+    checkpoints: Iterable[int] | None,
+) -> ConfigRecord:
+    """A request's config with the names that ``client_state`` reads."""
+    told = ConfigRecord({**config, EXPERIMENT: experiment})
+    if checkpoints is not None:
+        # Never empty: Flower cannot count the bytes of empty text.
+        told[CHECKPOINTS] = " ".join(map(str, checkpoints)) or "none"
+    if origins := " ".join(f"{run}/{number}" for run, number in forked_from):
+        told[FORKED_FROM] = origins
+    return told
 
 
 def asked(request: Message, key: str) -> str | None:

@@ -272,8 +272,7 @@ def _after(entry: Entry, stored: np.ndarray, before: np.ndarray) -> np.ndarray:
     if (str(before.dtype), list(before.shape)) != (entry.dtype, list(entry.shape)):
         raise ValueError(f"{entry.key!r} is {before.dtype} {list(before.shape)} in the request")
     change = read_change(torch.from_numpy(stored.copy()), float(entry.unit), entry.update)
-    after: np.ndarray = (before.astype(np.float64) + change.numpy()).astype(before.dtype)
-    return after
+    return np.asarray(before.astype(np.float64) + change.numpy(), before.dtype)  # of no axes, the sum is no array
 
 
 def _like(content: RecordDict, name: str, keys: set[str]) -> dict[str, np.ndarray]:

@@ -36,16 +36,14 @@ class RunReport:
         ConfigError: TensorBoard is asked for, and not installed.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.folder = _folder(config)
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        for part in self.folder.glob("*.part"):  # of a run that was killed while it wrote
-            part.unlink(missing_ok=True)
+        self._board = _tensorboard(self.folder) if config.tensorboard else None
         (self.folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
         self.rows: list[Row] = []
         self._config = config
         self._kept: int | None = None
-        self._board = _tensorboard(self.folder) if config.tensorboard else None
         self._started = self._round_started = time.monotonic()
         self.say(f"{config.algorithm} on {config.dataset}, {config.num_server_rounds} rounds -> {self.folder}")
 
@@ -239,7 +237,8 @@ def _with_uplink(rows: Sequence[Row]) -> list[Row]:
     return [{**row, "uplink-mb": total / _MEGABYTE} for row, total in zip(rows, sent, strict=True)]
 
 
-def _folder(config: Config) -> Path:
+def output_folder(config: Config) -> Path:
+    """Where a run leaves its results: as it is configured, or under ``runs/`` by time and algorithm."""
     if config.output or config.resume:
         return Path(config.output or config.resume)
     return Path.cwd() / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{config.algorithm}"

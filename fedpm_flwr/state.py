@@ -7,12 +7,14 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
-from .durable import SUFFIX, DamagedFileError, read_metadata, read_tensors, remove_parts, write_tensors
+from .durable import SUFFIX, DamagedFileError, copy_if_there, flush, read_metadata, read_tensors, write_tensors
 
 _KEPT_ROUNDS = 2
 _COUNTED = "counted"
@@ -32,9 +34,10 @@ class ClientState:
     """Named tensors of one client in one run, by round: ``folder/run/client/round.safetensors``.
 
     Files appear whole or not at all. The states of a client's last two rounds are kept, and those that the server
-    still counts on, now or if the run is taken up again; of a folder, the eight runs that were used last. A file
-    that cannot be read, has changed, or is of another version, is as if it were not there: the methods that keep
-    state go on without it, and the log says so.
+    still counts on, now or if the run is taken up again; of a folder, the eight runs that were used last. To use a
+    run is to use those that it was forked from too, as far as only they have a client's state. A file that cannot
+    be read, has changed, or is of another version, is as if it were not there: the methods that keep state go on
+    without it, and the log says so.
 
     Args:
         folder: of all runs; None: ``default_folder()``.
@@ -78,13 +81,13 @@ class ClientState:
         if self._is_default:
             _make_private(self._root)
         if not self._run.exists():
+            self._touch()
             self._forget_old_runs()
         self._run.mkdir(parents=True, exist_ok=True, mode=0o700)
         (self._run / _MARK).touch()
-        os.utime(self._run)  # used just now: not the first to be forgotten
+        self._touch()
         if not self._folder.exists():
             self._make_folder()
-        remove_parts(self._folder)
         told = "" if counted is None else str(counted)
         write_tensors(self._folder / f"{number}{SUFFIX}", tensors, {**_kind(number), _COUNTED: told})
         for old in self._files().keys() - self._needed(number, counted):
@@ -144,10 +147,13 @@ class ClientState:
 
     def _make_folder(self) -> None:
         """With copies of what the client has from the run that this one was forked from, at once or not at all."""
-        part = Path(tempfile.mkdtemp(dir=self._run))
+        part = self._run / f"{self._folder.name}.part"
+        shutil.rmtree(part, ignore_errors=True)  # of a copy that was broken off
+        part.mkdir(mode=0o700)
         try:
             for path in self._files().values():
-                shutil.copy2(path, part)
+                copy_if_there(path, part)
+            flush(part)
             os.rename(part, self._folder)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
@@ -161,11 +167,19 @@ class ClientState:
             return None
         return int(told) if told.isdecimal() else None
 
+    def _touch(self) -> None:
+        """This run is used, and so is one that it was forked from, as long as only that has a client's state."""
+        now, clients = time.time_ns(), set[str]()
+        for place, run in enumerate([self._run, *(folder.parent for folder, _ in self._origins)]):
+            with suppress(OSError):  # forgotten already, or another user's
+                found = {path.name for path in run.iterdir() if _NAME.fullmatch(path.name)}
+                if place == 0 or found - clients:
+                    os.utime(run, ns=(now - place, now - place))  # the farthest is the first to be forgotten
+                clients |= found
+
     def _forget_old_runs(self) -> None:
         # The folder may be anybody's, and hold anything: only what carries our mark is ours to delete.
-        marked = {mark.parent for mark in self._root.glob(f"*/{_MARK}")} - {
-            place.parent for place, _ in self._origins
-        }
+        marked = {mark.parent for mark in self._root.glob(f"*/{_MARK}")}
         runs = sorted((run for run in marked if not run.is_symlink()), key=_last_used)
         for old in runs[: max(len(runs) - _KEPT_RUNS + 1, 0)]:
             shutil.rmtree(old, ignore_errors=True)

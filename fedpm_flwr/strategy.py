@@ -55,7 +55,8 @@ class FedPM(Guarded):
             (docs/algorithm.md). ``none``; ``control-variate``: by gᵢ − cᵢ + c with the pair of the
             client's last round; ``fresh``: with that of this round, by one more exchange.
         device: where to mix: ``auto`` (CUDA where there is one, else the CPU), or one that computes in float64.
-        state_folder: where the clients' cᵢ are kept during a run; by default the system's temporary folder.
+        state_folder: where the clients' cᵢ are kept during a run; by default the system's temporary folder. Under
+            ``Checkpointed`` they are with the checkpoints instead.
         max_payload_bytes: replies with more bytes of curvature are left out unread.
         strategy: what ``Guarded`` and ``flwr.serverapp.strategy.FedAvg`` take.
 
@@ -197,7 +198,7 @@ class FedPM(Guarded):
         return replace(update, layers=layers, extra=extra)
 
     def _new_variates(self) -> Variates:
-        return Variates(self.experiment, lambda client: self.state_of(self.state_folder, client))
+        return Variates(self.experiment, self.state_of)
 
     def _with_fresh_variates(self, server_round: int, grid: Grid, requests: list[Message]) -> list[Message]:
         """Ask for ∇fᵢ(θ) first; the requests of those that tell it, with c = Σ wᵢ∇fᵢ(θ) of this round."""

@@ -50,6 +50,16 @@ def test_what_rounding_leaves_out_comes_with_the_next_change(
     assert int(arrived["n"]) == 12 * 5
 
 
+@pytest.mark.parametrize("update", ["int8", "bfloat16"])
+def test_a_single_number_has_changes_too(update: str, tmp_path: Path) -> None:
+    """As a learned temperature, or the count of batches that a stock strategy has averaged."""
+    grid = PackedGrid(Loop(moving({"t": torch.tensor(0.5)}), {"state-folder": str(tmp_path)}), update)
+    (reply,) = exchange(grid, ArrayRecord({"t": torch.tensor(2.0), "n": torch.tensor(3.0, dtype=torch.float64)}))
+    found = reply.content.array_records["arrays"].to_torch_state_dict()
+    assert torch.equal(found["t"], torch.tensor(2.5))
+    assert torch.equal(found["n"], torch.tensor(3.0, dtype=torch.float64))
+
+
 def test_arrays_that_torch_does_not_know_travel_as_they_are(tmp_path: Path) -> None:
     swapped = Array(np.array([1.5, 2.5], dtype=">f4"))
 

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,29 @@ def test_where_they_cannot_be_written_the_run_goes_on(tmp_path: Path, capsys: py
     said = capsys.readouterr()
     assert said.out.count("events could not be written, the run goes on: [Errno 28]") == 1
     assert "Traceback" not in said.err
+
+
+def test_a_disk_that_is_full_for_a_while_costs_whole_lines(tmp_path: Path) -> None:
+    """In a process that may for a while write no file of more than 400 bytes."""
+    path = tmp_path / "events.jsonl"
+    code = """
+import logging, resource, signal, sys
+from pathlib import Path
+from fedpm_flwr.events import event, events_to
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (400, most))
+with events_to(Path(sys.argv[1])):
+    for number in range(20):
+        if number == 15:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        logging.getLogger("flwr").warning("text", extra=event("reply", round=number))
+"""
+    told = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True).stdout
+    assert told.count("events could not be written, the run goes on: ") == 1
+    rounds = [one["round"] for one in lines(path)]
+    assert 1 < len(rounds) < 20
+    assert rounds[-5:] == [15, 16, 17, 18, 19]
 
 
 def test_a_run_tells_every_reply_and_why_one_is_left_out(tmp_path: Path) -> None:

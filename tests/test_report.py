@@ -14,13 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from fedpm_flwr.config import Config, ConfigError
-from fedpm_flwr.durable import write_tensors
-from fedpm_flwr.report import RunReport, seconds_left, spread
+from fedpm_flwr.report import RunReport, output_folder, seconds_left, spread
 
 
 def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = Config(output=str(tmp_path / "deep" / "run"), num_server_rounds=2)
-    report = RunReport(config)
+    report = RunReport(config, output_folder(config))
     for server_round, accuracy in enumerate((0.1, 0.9, 0.8)):
         tested = {"test-accuracy": accuracy, "test-loss": 1.0, "clients": 3, "round": 99}
         tested["uplink-bytes"] = 2_000_000 * bool(server_round)
@@ -46,7 +45,7 @@ def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_rounds_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
-    report = RunReport(Config(output=str(tmp_path)))
+    report = RunReport(Config(), tmp_path)
     report.add_round(0, {"test-accuracy": 0.5, "test-loss": 1.0, "clients": 0, "uplink-bytes": 0})
     assert len(json.loads((tmp_path / "metrics.json").read_text())) == 1
 
@@ -54,7 +53,7 @@ def test_rounds_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_for_a_while_costs_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = RunReport(Config(output=str(tmp_path)))
+    report = RunReport(Config(), tmp_path)
     row = {"test-accuracy": 0.5, "test-loss": 1.0, "clients": 0, "uplink-bytes": 0}
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", full_disk)
@@ -67,7 +66,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_row(
 def test_a_model_that_cannot_be_written_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = RunReport(Config(output=str(tmp_path)))
+    report = RunReport(Config(), tmp_path)
     report.add_round(0, {"test-accuracy": 0.5, "test-loss": 1.0, "clients": 0, "uplink-bytes": 0})
     report.keep({"w": torch.zeros(2)}, 0)
     with monkeypatch.context() as patch:
@@ -89,7 +88,7 @@ def full_disk(*_: object) -> None:
 def test_metrics_for_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    report = RunReport(Config(output=str(tmp_path), tensorboard=True))
+    report = RunReport(Config(tensorboard=True), tmp_path)
     for number in range(3):
         report.add_round(number, {"test-accuracy": number / 4, "test-loss": 1.0, "clients": 0, "uplink-bytes": 0})
     reader = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -100,11 +99,11 @@ def test_metrics_for_tensorboard(tmp_path: Path) -> None:
 def test_without_tensorboard_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
     with pytest.raises(ConfigError, match=r"tensorboard=true is not usable here: .*pip install tensorboard"):
-        RunReport(Config(output=str(tmp_path), tensorboard=True))
+        RunReport(Config(tensorboard=True), tmp_path)
 
 
 def test_a_loss_that_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
-    report = RunReport(Config(output=str(tmp_path)))
+    report = RunReport(Config(), tmp_path)
     report.add_round(0, {"test-accuracy": 0.5, "test-loss": float("nan"), "clients": 0, "uplink-bytes": 0})
     assert "NaN" not in (tmp_path / "metrics.json").read_text()
     assert json.loads((tmp_path / "metrics.json").read_text())[0]["test-loss"] is None
@@ -114,9 +113,9 @@ def test_the_default_folder_is_named_after_time_and_algorithm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    report = RunReport(Config(algorithm="fedavg"))
-    assert report.folder.parent == tmp_path / "runs"
-    assert report.folder.name.endswith("-fedavg")
+    folder = output_folder(Config(algorithm="fedavg"))
+    assert folder.parent == tmp_path / "runs"
+    assert folder.name.endswith("-fedavg")
 
 
 def test_time_left_is_told_once_rounds_without_starting_up_are_there() -> None:
@@ -137,15 +136,12 @@ def test_the_spread_of_clients_ranks_nan_as_worst(order: tuple[int, ...]) -> Non
     assert spread("x", [], max) == {}
 
 
-def test_the_model_is_as_readable_as_other_files_and_halves_of_files_are_removed(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors.1.part").write_bytes(b"of a run that was killed while it wrote")
+def test_the_model_is_as_readable_as_other_files(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        report = RunReport(Config(output=str(tmp_path)))
+        report = RunReport(Config(), tmp_path)
         report.keep({"w": torch.zeros(2)}, 1)
     finally:
         os.umask(before)
     assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "model.safetensors"}
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
-    write_tensors(tmp_path / "state.safetensors", {}, {})
-    assert (tmp_path / "state.safetensors").stat().st_mode & 0o777 == 0o600

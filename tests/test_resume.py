@@ -2,26 +2,29 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, Krum, Strategy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import client_app
 import server_app
-from fedpm_flwr import messages
+from fedpm_flwr import checkpoint, messages
 from fedpm_flwr.checkpoint import Checkpoint, Checkpoints
 from fedpm_flwr.checkpointed import Checkpointed
-from fedpm_flwr.config import ALGORITHMS, Config
+from fedpm_flwr.config import ALGORITHMS, UPDATES, Config
 from fedpm_flwr.durable import DamagedFileError
 from fedpm_flwr.inline import Client, InlineGrid, run_inline, task_identity
+from fedpm_flwr.packing import PackedGrid, packed_arrays
 from fedpm_flwr.report import Row, RunReport
 from fedpm_flwr.reproducible import PartitionOrderedGrid
 from fedpm_flwr.strategy import FedPM
@@ -151,6 +154,22 @@ def test_several_runs_begin_at_one_checkpoint(case: str, tmp_path: Path, caplog:
     assert "the client goes on without it" not in caplog.text
 
 
+def test_checkpoints_hold_all_that_the_server_needs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Their folder may be taken elsewhere, and the first one is not needed once a run has begun at it."""
+    settings = CASES["half corrected"]
+    run(tmp_path / "whole" / "run", settings)
+    broken, first = tmp_path / "broken" / "run", tmp_path / "broken" / "moved"
+    break_off(broken, settings, in_round=4)
+    assert not list((tmp_path / "broken" / "state").rglob("server-*"))
+    broken.rename(first)
+    second, third = tmp_path / "broken" / "second", tmp_path / "broken" / "third"
+    break_off(second, {**settings, "resume": str(first)}, in_round=4, every=1)
+    shutil.rmtree(first)
+    run(third, settings, resume=str(second))
+    check_same(tmp_path / "whole" / "run", third)
+    assert "the client goes on without it" not in caplog.text
+
+
 def test_in_the_same_folder_twice_and_after_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"algorithm": "scaffold", "checkpoint-every": 1}
     run(tmp_path / "whole" / "run", settings)
@@ -199,8 +218,12 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(
 def test_what_cannot_be_taken_up_is_refused(tmp_path: Path) -> None:
     done = tmp_path / "run"
     run(done, {"num-server-rounds": 1, "checkpoint-every": 1})
+    settings = (done / "config.toml").read_text()
     with pytest.raises(ValueError, match="holds checkpoints of a run: resume it, or begin"):
         run(done, {"checkpoint-every": 1})
+    with pytest.raises(RuntimeError, match="size mismatch for"):
+        run(done, {"dataset": "digits"}, resume=str(done))
+    assert (done / "config.toml").read_text() == settings
     run(tmp_path / "other", {"num-server-rounds": 2, "checkpoint-every": 1})
     with pytest.raises(ValueError, match="holds checkpoints of a run"):
         run(tmp_path / "other", {"checkpoint-every": 1}, resume=str(done))
@@ -245,6 +268,18 @@ def stepping(message: Message, context: Context) -> Message:
     return reply
 
 
+def rounding(message: Message, context: Context) -> Message:
+    """A client like it, whose changes do not fit into 8 or 16 bits."""
+
+    def uneven(message: Message, context: Context) -> Message:
+        reply = stepping(message, context)
+        for record in reply.content.array_records.values():
+            record["w"] = Array(record["w"].numpy() * np.array([1.0, 0.337], np.float32))
+        return reply
+
+    return packed_arrays(message, context, uneven)
+
+
 STOCK: dict[str, Callable[[], Strategy]] = {
     "FedAvg": FedAvg,
     "FedAvgM": lambda: FedAvgM(server_momentum=0.5),
@@ -252,21 +287,27 @@ STOCK: dict[str, Callable[[], Strategy]] = {
 }
 
 
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("name", STOCK)
-def test_flowers_own_strategies_likewise(name: str, tmp_path: Path) -> None:
+def test_flowers_own_strategies_likewise(name: str, update: str, tmp_path: Path) -> None:
+    seeds = count()  # of the IDs of runs and nodes
+
     def start(strategy: Strategy, rounds: int) -> Any:
-        grid = InlineGrid(stepping, 3, {}, seed=1)
+        grid = InlineGrid(rounding, 3, {"state-folder": str(tmp_path / "state")}, seed=next(seeds))
         with task_identity(grid.run.run_id):
             return strategy.start(
-                grid=PartitionOrderedGrid(grid, 0),
+                grid=PartitionOrderedGrid(PackedGrid(grid, update), 0),
                 initial_arrays=theta(),
                 num_rounds=rounds,
                 evaluate_fn=lambda r, arrays: MetricRecord({"round": r, "w": arrays["w"].numpy().tolist()}),
             )
 
     whole = start(STOCK[name](), 5)
-    start(Checkpointed(STOCK[name](), tmp_path), 2)
-    resumed = start(Checkpointed(STOCK[name](), tmp_path, resume=tmp_path), 5)
+    first, second = tmp_path / "first", tmp_path / "second"
+    start(Checkpointed(STOCK[name](), first, every=2), 3)  # clients are then ahead of the checkpoint
+    (first / "round-3.safetensors").unlink()
+    start(Checkpointed(STOCK[name](), second, resume=first), 3)
+    resumed = start(Checkpointed(STOCK[name](), second, resume=second), 5)
     assert np.array_equal(whole.arrays["w"].numpy(), resumed.arrays["w"].numpy())
     for history in ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp"):
         assert getattr(whole, history) == getattr(resumed, history), history
@@ -278,7 +319,7 @@ def test_of_an_unknown_strategy_the_model_alone_is_kept(tmp_path: Path, caplog: 
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
-    Checkpoints(tmp_path).write(Checkpoint(1, theta(), "FedAvg", {}))
+    Checkpoints(tmp_path).write(Checkpoint(1, theta(), "FedAvg", {"experiment": "run", "forked_from": []}))
     strategy = Checkpointed(FedAvg(), tmp_path, resume=tmp_path)
     grid = InlineGrid(stepping, 2, {})
     for other, told in (
@@ -290,6 +331,16 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"the checkpoint is of another model: {told}"):
             strategy.start(grid=grid, initial_arrays=other)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One that has no record of the runs that its run was forked from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(checkpoint._KIND, "version", "1")
+        Checkpoints(tmp_path).write(Checkpoint(1, theta(), "FedPM", {"experiment": "run", "failed_rounds": 0}))
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint that can be read"):
+        Checkpointed(FedPM(), tmp_path, resume=tmp_path)
+    assert """it says {"format": "fedpm-flwr checkpoint", "version": "1"}, not""" in caplog.text
 
 
 def test_whatever_a_strategy_remembers_comes_back(tmp_path: Path) -> None:
@@ -332,8 +383,7 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_newest_are_kept_and_nothing_half_written_stays(tmp_path: Path) -> None:
-    (tmp_path / "tmpxyz.part").write_bytes(b"of a run that died while it wrote")
+def test_the_newest_are_kept(tmp_path: Path) -> None:
     (tmp_path / "round-x.safetensors").write_bytes(b"not ours")
     store = Checkpoints(tmp_path, keep=2)
     for number in (2, 4, 10):
@@ -344,6 +394,18 @@ def test_the_newest_are_kept_and_nothing_half_written_stays(tmp_path: Path) -> N
         "round-4.safetensors",
         "round-x.safetensors",
     ]
+
+
+def test_the_one_just_written_is_kept_whatever_there_is_of_later_rounds(tmp_path: Path) -> None:
+    """As where later ones were damaged, and fewer are kept than before."""
+    for number in (6, 8, 10):
+        Checkpoints(tmp_path).write(Checkpoint(number, theta(), "S", {}))
+    (tmp_path / "round-10.safetensors").write_bytes(b"damaged")
+    store = Checkpoints(tmp_path, keep=1)
+    assert store.newest().server_round == 8
+    store.write(Checkpoint(9, theta(9.0), "S", {}))
+    assert store.rounds() == [9]
+    assert store.newest().server_round == 9
 
 
 def test_every_bit_of_a_checkpoint_counts(tmp_path: Path) -> None:
@@ -370,8 +432,8 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
 ) -> None:
     run(tmp_path / "whole" / "run", {})
 
-    def full(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
-        if Path(path).parent.name == "checkpoints":
+    def full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        if path.parent.parent.name == "checkpoints":
             raise OSError(28, "No space left on device")
         save_file(tensors, path, metadata)
 

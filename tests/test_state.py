@@ -3,6 +3,8 @@
 import logging
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 from itertools import count
@@ -55,7 +57,7 @@ def test_the_round_that_is_counted_on_is_kept(tmp_path: Path) -> None:
 def test_what_a_run_that_is_taken_up_again_counts_on_is_kept_and_no_more(tmp_path: Path) -> None:
     """Against a server that says what it counts on: rounds, lost replies and checkpoints drawn at random."""
     drawn = random.Random(0)
-    most = 0
+    most = most_uncounted = 0
     for case in range(50):
         lives = count(1)
         run, origins = "life-0", list[tuple[str, int]]()
@@ -69,8 +71,12 @@ def test_what_a_run_that_is_taken_up_again_counts_on_is_kept_and_no_more(tmp_pat
                 assert not counted or torch.equal(state.load(counted)["c"], one(counted)["c"])
                 assert max(state.rounds(), default=0) == newest
                 state.save(number, one(number), counted)
-                newest = number
+                before, newest = newest, number
                 most = max(most, len(state.rounds()))
+                other = ClientState(folder, run, "b", checkpoints=checkpoints, forked_from=origins)
+                assert max((old for old in other.rounds() if old < number), default=0) == before
+                other.save(number, one(number))
+                most_uncounted = max(most_uncounted, len(other.rounds()))
                 counted = number if drawn.random() < 0.5 else counted
             if drawn.random() < 0.5:
                 checkpoints[number] = run, origins, counted, newest
@@ -81,6 +87,7 @@ def test_what_a_run_that_is_taken_up_again_counts_on_is_kept_and_no_more(tmp_pat
                 old_run, old_origins, counted, newest = checkpoints[number]
                 run, origins = f"life-{next(lives)}", [(old_run, number), *old_origins]
     assert 4 < most <= 2 + 1 + 3 * 3
+    assert 4 < most_uncounted <= 2 + 3 * 2
 
 
 def test_without_a_new_checkpoint_states_do_not_grow(tmp_path: Path) -> None:
@@ -125,12 +132,73 @@ def test_the_run_that_another_begins_at_is_not_forgotten_then(tmp_path: Path) ->
     assert ClientState(tmp_path, "run-7", "a").rounds() == [1, 2]
 
 
-def test_what_was_broken_off_while_it_was_written_is_removed(tmp_path: Path) -> None:
-    state = ClientState(tmp_path, "run", "a")
-    state.save(1, one(1.0))
-    (tmp_path / "run" / "a" / "tmpx.part").write_bytes(b"half")
-    state.save(2, one(2.0))
-    assert not list(tmp_path.rglob("*.part"))
+def test_a_run_taken_up_again_and_again_leaves_eight(tmp_path: Path) -> None:
+    origins: list[tuple[str, int]] = []
+    for number in range(1, 26):
+        for client in ("a", "b"):
+            state = ClientState(tmp_path, f"life-{number}", client, checkpoints=[number], forked_from=origins)
+            assert state.rounds() == list(range(max(1, number - 2), number))
+            state.save(number, one(number), counted=number - 1)
+        origins = [(f"life-{number}", number), *origins]
+    assert len(list(tmp_path.iterdir())) == 8
+
+
+def test_a_run_is_not_forgotten_while_one_forked_from_it_needs_it(tmp_path: Path) -> None:
+    """As b's state is in it alone, until b has taken part in the other."""
+    for client in ("a", "b"):
+        ClientState(tmp_path, "first", client).save(1, one(1.0))
+    for number in range(12):
+        ClientState(tmp_path, "fork", "a", forked_from=[("first", 1)]).save(2 + number, one(2.0))
+        ClientState(tmp_path, f"other-{number}", "b").save(1, one(1.0))
+    late = ClientState(tmp_path, "fork", "b", forked_from=[("first", 1)])
+    assert late.rounds() == [1]
+    late.save(14, one(2.0))
+    for number in range(12, 20):
+        ClientState(tmp_path, "fork", "a", forked_from=[("first", 1)]).save(2 + number, one(2.0))
+        ClientState(tmp_path, f"other-{number}", "b").save(1, one(1.0))
+    assert not (tmp_path / "first").exists()
+    assert late.rounds() == [1, 14]
+
+
+def test_nothing_stays_of_a_copy_that_was_broken_off(tmp_path: Path) -> None:
+    ClientState(tmp_path, "first", "a").save(1, one(1.0))
+    code = """
+import os, shutil, signal, sys
+from pathlib import Path
+from fedpm_flwr.state import ClientState
+copy = shutil.copy2
+shutil.copy2 = lambda *places: (copy(*places), os.kill(os.getpid(), signal.SIGKILL))
+ClientState(Path(sys.argv[1]), "fork", "a", forked_from=[("first", 1)]).save(2, {})
+"""
+    assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False).returncode == -signal.SIGKILL
+    assert list((tmp_path / "fork").rglob("*.safetensors"))
+    fork = ClientState(tmp_path, "fork", "a", forked_from=[("first", 1)])
+    assert fork.rounds() == [1]
+    fork.save(2, one(2.0))
+    assert sorted(path.name for path in (tmp_path / "fork").iterdir()) == [".fedpm-flwr-run", "a"]
+    assert fork.rounds() == [1, 2]
+
+
+def test_what_the_other_run_removes_meanwhile_is_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is copied is on the disk itself before it counts."""
+    first = ClientState(tmp_path, "first", "a")
+    for number in (1, 2):
+        first.save(number, one(number))
+    copy, flushed = shutil.copy2, list[str]()
+
+    def late(path: Path, to: Path) -> object:
+        (tmp_path / "first" / "a" / "1.safetensors").unlink(missing_ok=True)
+        return copy(path, to)
+
+    monkeypatch.setattr(shutil, "copy2", late)
+    for module in ("durable", "state"):
+        monkeypatch.setattr(f"fedpm_flwr.{module}.flush", lambda path: flushed.append(path.name))
+    fork = ClientState(tmp_path, "fork", "a", forked_from=[("first", 2)])
+    fork.save(3, one(3.0))
+    assert fork.rounds() == [2, 3]
+    assert flushed[:2] == ["2.safetensors", "a.part"]
 
 
 def test_what_is_not_ours_is_never_deleted(tmp_path: Path) -> None:

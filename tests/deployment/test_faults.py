@@ -267,7 +267,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.faults
 def test_a_full_and_an_unwritable_disk_cost_checkpoints_and_nothing_else(tmp_path: Path, small_disk: Path) -> None:
-    settings = {**CORRECTED, "num_server_rounds": 4}
+    settings: dict[str, Any] = {"num_server_rounds": 4}
     filler = small_disk / "filler"
     with Federation(tmp_path / "federation") as federation:
         start_nodes(federation)
