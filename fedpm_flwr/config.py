@@ -107,7 +107,7 @@ class Config:
     max_train_examples: int = _setting(0, "only the first so many training examples, as they lie; 0: all", low=0)
     validation_share: float = _setting(
         0.0,
-        "share of the training examples that nobody trains on, tested on instead of the test set",
+        "share of the dataset's training examples that no partition has, tested on instead of the test set",
         low=0,
         high=0.9,
     )

@@ -34,10 +34,10 @@ class ClientState:
     """Named tensors of one client in one run, by round: ``folder/run/client/round.safetensors``.
 
     Files appear whole or not at all. The states of a client's last two rounds are kept, and those that the server
-    still counts on, now or if the run is taken up again; of a folder, the eight runs that were used last. To use a
-    run is to use those that it was forked from too, as far as only they have a client's state. A file that cannot
-    be read, has changed, or is of another version, is as if it were not there: the methods that keep state go on
-    without it, and the log says so.
+    still counts on, now or if the run is taken up again; of a folder, the eight runs that were used last, or as
+    many as a new one still needs. To use a run is to use those that it was forked from too, as far as only they have
+    a client's state. A file that cannot be read, has changed, or is of another version, is as if it were not there:
+    the methods that keep state go on without it, and the log says so.
 
     Args:
         folder: of all runs; None: ``default_folder()``.
@@ -81,8 +81,7 @@ class ClientState:
         if self._is_default:
             _make_private(self._root)
         if not self._run.exists():
-            self._touch()
-            self._forget_old_runs()
+            self._forget_old_runs(self._touch())
         self._run.mkdir(parents=True, exist_ok=True, mode=0o700)
         (self._run / _MARK).touch()
         self._touch()
@@ -152,7 +151,7 @@ class ClientState:
         part.mkdir(mode=0o700)
         try:
             for path in self._files().values():
-                copy_if_there(path, part)
+                copy_if_there(path, part / path.name)
             flush(part)
             os.rename(part, self._folder)
         except BaseException:
@@ -167,21 +166,24 @@ class ClientState:
             return None
         return int(told) if told.isdecimal() else None
 
-    def _touch(self) -> None:
+    def _touch(self) -> set[Path]:
         """This run is used, and so is one that it was forked from, as long as only that has a client's state."""
-        now, clients = time.time_ns(), set[str]()
-        for place, run in enumerate([self._run, *(folder.parent for folder, _ in self._origins)]):
+        now, clients, used = time.time_ns(), set[str](), set[Path]()
+        for run in (self._run, *(folder.parent for folder, _ in self._origins)):
             with suppress(OSError):  # forgotten already, or another user's
                 found = {path.name for path in run.iterdir() if _NAME.fullmatch(path.name)}
-                if place == 0 or found - clients:
-                    os.utime(run, ns=(now - place, now - place))  # the farthest is the first to be forgotten
+                if run == self._run or found - clients:
+                    used.add(run)
+                    os.utime(run, ns=(now, now))
                 clients |= found
+        return used
 
-    def _forget_old_runs(self) -> None:
+    def _forget_old_runs(self, used: set[Path]) -> None:
         # The folder may be anybody's, and hold anything: only what carries our mark is ours to delete.
         marked = {mark.parent for mark in self._root.glob(f"*/{_MARK}")}
         runs = sorted((run for run in marked if not run.is_symlink()), key=_last_used)
-        for old in runs[: max(len(runs) - _KEPT_RUNS + 1, 0)]:
+        surplus = max(len(runs) - _KEPT_RUNS + 1, 0)
+        for old in [run for run in runs if run not in used][:surplus]:
             shutil.rmtree(old, ignore_errors=True)
 
 

@@ -57,4 +57,7 @@ def test_where_checkpoints_are_only_read_nothing_is_removed(tmp_path: Path) -> N
 
 def test_they_are_private_unless_told_otherwise(tmp_path: Path) -> None:
     write_tensors(tmp_path / "state.safetensors", {}, {})
-    assert (tmp_path / "state.safetensors").stat().st_mode & 0o777 == 0o600
+    write_tensors(tmp_path / "model.safetensors", {}, {}, private=False)
+    (tmp_path / "other").touch()
+    modes = [(tmp_path / f"{name}").stat().st_mode & 0o777 for name in ("state.safetensors", "model.safetensors")]
+    assert modes == [0o600, (tmp_path / "other").stat().st_mode & 0o777]

@@ -143,6 +143,22 @@ def test_a_run_taken_up_again_and_again_leaves_eight(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 8
 
 
+def test_what_a_run_needs_of_its_earlier_lives_is_kept_however_many_they_are(tmp_path: Path) -> None:
+    """Where in each life another client takes part."""
+    origins: list[tuple[str, int]] = []
+    for number in range(1, 13):
+        run = f"life-{number}"
+        ClientState(tmp_path, run, f"c-{number}", forked_from=origins).save(number, one(number))
+        origins = [(run, number), *origins]
+    for number in range(1, 13):
+        assert ClientState(tmp_path, "next", f"c-{number}", forked_from=origins).rounds() == [number]
+    for number in range(1, 13):  # each takes part again: no earlier life is needed any more
+        ClientState(tmp_path, "next", f"c-{number}", forked_from=origins).save(12 + number, one(number))
+    for number in range(8):
+        ClientState(tmp_path, f"other-{number}", "c-1").save(1, one(1.0))
+    assert len(list(tmp_path.iterdir())) == 8
+
+
 def test_a_run_is_not_forgotten_while_one_forked_from_it_needs_it(tmp_path: Path) -> None:
     """As b's state is in it alone, until b has taken part in the other."""
     for client in ("a", "b"):
