@@ -173,7 +173,8 @@ class StreamingGrid(WrappedGrid):
         if nodes:
             named = ", ".join(self._place(node) for node in nodes[:_MOST_NAMED])
             more = f" and {len(nodes) - _MOST_NAMED} more" if len(nodes) > _MOST_NAMED else ""
-            facts = event("silent", round=server_round, nodes=nodes, reason=what)
+            partitions = [self.partition_of(node) for node in nodes]
+            facts = event("silent", round=server_round, nodes=nodes, partitions=partitions, reason=what)
             text = "%s%sleft out the nodes that %s: %s%s"
             _log.warning(text, PREFIX, _in_round(server_round), what, named, more, extra=facts)
 

@@ -35,9 +35,9 @@ class ClientState:
 
     Files appear whole or not at all. The states of a client's last two rounds are kept, and those that the server
     still counts on, now or if the run is taken up again; of a folder, the eight runs that were used last, or as
-    many as a new one still needs. To use a run is to use those that it was forked from too, as far as only they have
-    a client's state. A file that cannot be read, has changed, or is of another version, is as if it were not there:
-    the methods that keep state go on without it, and the log says so.
+    many as a new one still needs. To use a run is to use those that it was forked from too, as far as only they
+    have a client's state. A file that cannot be read, has changed, or is of another version, is as if it were not
+    there: the methods that keep state go on without it, and the log says so.
 
     Args:
         folder: of all runs; None: ``default_folder()``.

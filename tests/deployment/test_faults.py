@@ -239,7 +239,9 @@ def test_a_killed_authenticated_supernode_comes_back_when_it_is_started_until_it
 
 @pytest.mark.faults
 def test_a_supernode_that_stalls_past_the_timeout_is_named_and_comes_back(tmp_path: Path) -> None:
-    settings = {"round_timeout": 60.0}
+    # Less than the 30 s in which Flower itself finds the first heartbeat missing; a busy machine may need more for
+    # a reply, so that other rounds lose some too.
+    settings = {"round_timeout": 25.0, "num_server_rounds": 5}
     with Federation(tmp_path / "federation") as federation:
         start_nodes(federation)
         run = Background(federation, config(tmp_path / "run", **settings))
@@ -248,11 +250,11 @@ def test_a_supernode_that_stalls_past_the_timeout_is_named_and_comes_back(tmp_pa
         run.wait_for_round(2)
         federation.nodes["site-1"].send_signal(signal.SIGCONT)
         assert run.status() == COMPLETED
-    (silent,) = run.events("silent")
-    assert (silent["round"], len(silent["nodes"])) == (2, 1)
+    silent = [(told["round"], partition) for told in run.events("silent") for partition in told["partitions"]]
+    assert (2, 1) in silent
     assert "(partition 1)" in (tmp_path / "federation" / "flower.log").read_text()
-    assert clients(run) == [0, 2, 1, 2]
-    check_same_model(tmp_path / "run", run_in_one_process(tmp_path / "inline", NODES, [(2, 1)], **settings))
+    assert NODES in clients(run)[3:], "it takes part again"
+    check_same_model(tmp_path / "run", run_in_one_process(tmp_path / "inline", NODES, silent, **settings))
 
 
 @pytest.fixture
