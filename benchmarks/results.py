@@ -32,6 +32,7 @@ _AXES = (
     ("local-steps", "local steps a client"),
     ("s", "s"),
 )
+_TITLES = {"cifar10": "CIFAR-10, LeNet", "cifar100": "CIFAR-100, ResNet18-GN"}
 _NOT_EXACT = (
     "The CIFAR-10 file has all labels and the order exact; 59,907 of its 60,000 images are bit-exact, 93 "
     "(73 training, 20 test; 88 ships and 5 horses) are decoded JPEGs, off by about 6 grey levels on average."
@@ -135,9 +136,9 @@ def _section(name: str, runs: Sequence[Run]) -> str:
     settings = runs[0].settings
     images = settings["max-train-examples"]
     title = (
-        f"### {data_of(runs[0])}, α = {settings['alpha']}: {f'{images:,} images' if images else 'all images'}, "
-        f"{settings['num-server-rounds']} rounds of {settings['local-epochs']} local epochs, "
-        f"{runs[0].nodes} clients"
+        f"### {_TITLES[data_of(runs[0])]}, α = {settings['alpha']}: "
+        f"{f'{images:,} images' if images else 'all images'}, {settings['num-server-rounds']} rounds of "
+        f"{settings['local-epochs']} local epochs, {runs[0].nodes} clients"
     )
     if settings["fraction-train"] != 1.0:
         title += f", {settings['fraction-train']} of them in a round"
