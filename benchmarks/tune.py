@@ -53,37 +53,31 @@ def _log(low: float, high: float) -> FloatDistribution:
     return FloatDistribution(low, high, log=True)
 
 
-_MOMENTUM = CategoricalDistribution((0.0, 0.9))
-_FIRST_ORDER = {"learning-rate": _log(0.01, 1.0), "momentum": _MOMENTUM}
+_CLIP = CategoricalDistribution((0.0, 1.0))
+_FIRST_ORDER = {
+    "learning-rate": _log(0.003, 1.0),
+    "momentum": CategoricalDistribution((0.0, 0.9)),
+    "clip": _CLIP,
+}
+_FIRST: Mapping[str, Value] = {"learning-rate": 0.1, "momentum": 0.0, "clip": 1.0}
 _SECOND_ORDER = Space(
-    {"learning-rate": _log(0.03, 1.0), "damping": _log(0.03, 10.0), "clip": CategoricalDistribution((0.0, 1.0))},
+    {"learning-rate": _log(0.03, 1.0), "damping": _log(0.03, 10.0), "clip": _CLIP},
     {"learning-rate": 0.3, "damping": 1.0, "clip": 1.0},
 )
 SPACES: Mapping[str, Space] = {
-    "fedavg": Space(_FIRST_ORDER, {"learning-rate": 0.1, "momentum": 0.0}),
+    "fedavg": Space(_FIRST_ORDER, _FIRST),
     "fedavgm": Space(
-        {**_FIRST_ORDER, "server-momentum": FloatDistribution(0.3, 0.97)},
-        {"learning-rate": 0.1, "momentum": 0.0, "server-momentum": 0.9},
+        {**_FIRST_ORDER, "server-momentum": FloatDistribution(0.0, 0.95)}, {**_FIRST, "server-momentum": 0.5}
     ),
-    "fedprox": Space(
-        {**_FIRST_ORDER, "proximal-mu": _log(1e-3, 1.0)},
-        {"learning-rate": 0.1, "momentum": 0.0, "proximal-mu": 0.01},
-    ),
+    "fedprox": Space({**_FIRST_ORDER, "proximal-mu": _log(1e-3, 1.0)}, {**_FIRST, "proximal-mu": 0.01}),
     "scaffold": Space(
-        {"learning-rate": _log(0.01, 1.0), "server-learning-rate": FloatDistribution(0.3, 1.0)},
-        {"learning-rate": 0.1, "server-learning-rate": 1.0},
+        {"learning-rate": _log(0.003, 1.0), "clip": _CLIP, "server-learning-rate": FloatDistribution(0.3, 1.0)},
+        {"learning-rate": 0.1, "clip": 1.0, "server-learning-rate": 1.0},
     ),
-    "fedadam": Space(
-        {**_FIRST_ORDER, "adam-eta": _log(1e-3, 0.3), "adam-tau": _log(1e-4, 0.1)},
-        {"learning-rate": 0.1, "momentum": 0.0, "adam-eta": 0.01, "adam-tau": 1e-3},
-    ),
+    "fedadam": Space({**_FIRST_ORDER, "adam-eta": _log(3e-3, 0.3)}, {**_FIRST, "adam-eta": 0.03}),
     "ltda": Space(
-        {
-            "learning-rate": _log(1e-3, 1.0),
-            "damping": _log(1e-3, 10.0),
-            "clip": CategoricalDistribution((0.0, 1.0)),
-        },
-        {"learning-rate": 0.1, "damping": 1.0, "clip": 1.0},
+        {"learning-rate": _log(0.01, 10.0), "damping": _log(1e-3, 10.0), "clip": _CLIP},
+        {"learning-rate": 0.3, "damping": 1.0, "clip": 1.0},
     ),
     "fedsophia": Space(
         {"learning-rate": _log(1e-4, 0.1), "sophia-gamma": _log(1e-3, 1.0)},

@@ -30,13 +30,25 @@ def second_order(
 
 
 def sgd(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """Plain gradient steps."""
-    return torch.optim.SGD(
+    """Plain gradient steps, by the gradient of the loss shortened to the norm ``clip``, if that is not 0.
+
+    What is added to gradients later (``correct_gradients``) is not shortened: of SCAFFOLD, the variates are means
+    of shortened gradients.
+    """
+    optimizer = torch.optim.SGD(
         model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
+    if config.clip:
+        parameters = list(model.parameters())
+
+        def shorten(*_: Any) -> None:
+            nn.utils.clip_grad_norm_(parameters, config.clip)
+
+        optimizer.register_step_pre_hook(shorten)
+    return optimizer
 
 
-SGD_READS = ("learning-rate", "local-epochs", "local-steps", "momentum", "weight-decay")
+SGD_READS = ("learning-rate", "local-epochs", "local-steps", "momentum", "weight-decay", "clip")
 
 
 def _steps(config: Config, codec: str | None) -> dict[str, Any]:
@@ -89,7 +101,7 @@ def _newton(config: Config, model: nn.Module, codec: str | None, seed: int) -> S
     return Newton(model, max_factor_side=config.max_factor_side, **_inverted(config, codec))
 
 
-_STEPS = (*SGD_READS, "optimizer", "plain-learning-rate", "clip", "refresh-interval")
+_STEPS = (*SGD_READS, "optimizer", "plain-learning-rate", "refresh-interval")
 _INVERTED = (*_STEPS, "damping", "relative-damping", "decoupled-weight-decay", "ema", "inverse-interval")
 _LAYERWISE = (*_INVERTED, "max-factor-side", "position-stride")
 

@@ -9,7 +9,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
+from fedpm_flwr.config import Config
 from fedpm_flwr.curvature import CurvatureError
+from fedpm_flwr.optim import correct_gradients
+from fedpm_flwr.optimizers import sgd
 from fedpm_flwr.training import derive_seed, evaluate, fit, loader, pick_device, reproducible
 
 
@@ -152,3 +155,25 @@ def test_accuracy_while_training_is_of_labels_only(data: TensorDataset) -> None:
     inputs = data.tensors[0]
     assert math.isnan(fit(model, [(inputs, inputs[:, :2])], frozen, nn.functional.mse_loss).accuracy)
     assert not result.diverged
+
+
+@pytest.mark.parametrize(("clip", "length"), [(0.0, 5.0), (0.5, 0.5), (9.0, 5.0)])
+def test_plain_steps_by_shortened_gradients(clip: float, length: float) -> None:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    optimizer = sgd(Config(algorithm="fedavg", learning_rate=0.1, clip=clip), model)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p, gradient in zip(model.parameters(), (3.0, 4.0), strict=True):
+        p.grad = torch.full_like(p, gradient)
+    optimizer.step()
+    moved = [float(old - p) for p, old in zip(model.parameters(), before, strict=True)]
+    assert moved == pytest.approx([0.1 * 3 * length / 5, 0.1 * 4 * length / 5], rel=1e-4)
+
+
+def test_what_is_added_to_a_gradient_is_not_shortened() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = sgd(Config(algorithm="scaffold", learning_rate=1.0, clip=0.5), model)
+    correct_gradients(optimizer, lambda p: torch.full_like(p, 2.0))
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.full_like(model.weight, 4.0)
+    optimizer.step()
+    assert float(before - model.weight) == pytest.approx(0.5 + 2.0, rel=1e-4)
