@@ -14,6 +14,7 @@ from fedpm_flwr.checkpointed import Checkpointed
 from fedpm_flwr.config import Config
 from fedpm_flwr.events import events_to
 from fedpm_flwr.grids import UplinkMeter
+from fedpm_flwr.guarded import FailedRoundsError
 from fedpm_flwr.packing import PackedGrid
 from fedpm_flwr.recorder import Recorder
 from fedpm_flwr.report import RunReport, output_folder
@@ -78,7 +79,7 @@ def main(grid: Grid, context: Context) -> None:
                 evaluate_fn=evaluate_global_model,
             )
         if not result.arrays:
-            raise RuntimeError("no round gave a new model; the log says what was wrong with the replies")
+            raise FailedRoundsError("no round gave a new model; the log says what was wrong with the replies")
     except BaseException:  # also SystemExit, as by `flwr stop`
         report.close()
         raise

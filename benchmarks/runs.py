@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from fedpm_flwr.report import PREFIX
 from .machine import machine
 
 Rounds = list[dict[str, float]]
-Ended = Callable[[Config, Rounds | str], None]
+Ended = Callable[[Config, Rounds | str], object]
 """Told of each run as it ends: its rounds, or why it failed."""
 
 _OF_A_PLACE = (
@@ -45,58 +45,58 @@ _DIGITS = 6
 def run_all(configs: Sequence[Config], nodes: int, jobs: int, ended: Ended | None = None) -> dict[str, Rounds]:
     """The rounds of each run that succeeded, by its output folder; says why the others did not.
 
-    To what the report tells of a round, ``cpu-seconds`` is added: its seconds by the share of them that the
-    process had a core for, so that other runs beside it cost it nothing.
+    To what the report tells of a round, ``cpu-seconds`` is added: the time that the process has computed in all,
+    which other runs beside it do not change, in equal parts to the rounds. ``ended`` is not told of a run that was
+    killed, or broke off for another reason than that its rounds failed.
     """
     done: dict[str, Rounds] = {}
     started = time.monotonic()
-    # Spawned, not forked: a fork of a process with threads, as torch and gRPC have, can hang.
-    context = multiprocessing.get_context("spawn")
-    # A process for each run: each starts as cold as the others, and Flower's logger keeps its first stderr.
-    with (
-        ProcessPoolExecutor(min(jobs, len(configs)), context, max_tasks_per_child=1) as pool,
-        _stopping_workers(pool),
-    ):
-        futures = {pool.submit(_run, config, nodes): config for config in configs}
+    with in_threads(min(jobs, len(configs))) as threads:
+        futures = {threads.submit(_in_a_process, config, nodes): config for config in configs}
         for number, future in enumerate(as_completed(futures), start=1):
             config = futures[future]
             output = Path(config.output)
             try:
-                rounds = done[config.output] = future.result()
-                said = f"accuracy {rounds[-1]['test-accuracy']:.4f}"
-            except BrokenProcessPool:  # killed, or out of memory: that says nothing of the run
-                print(f"{PREFIX}{output.name}: its process was killed", file=sys.stderr, flush=True)
-                continue
+                gave = future.result()
+            except BrokenProcessPool:
+                said = "its process was killed"
             except Exception as error:  # one run's failure, whatever it is, is not the others'
                 said = f"failed: {type(error).__name__}: {error}; its log: {output / 'flower.log'}"
-            if ended is not None:
-                ended(config, done.get(config.output, said))
+            else:
+                if isinstance(gave, str):
+                    said = f"failed: {gave}; its log: {output / 'flower.log'}"
+                else:
+                    done[config.output] = gave
+                    said = f"accuracy {gave[-1]['test-accuracy']:.4f}"
+                if ended is not None:
+                    ended(config, gave)
             left = (time.monotonic() - started) / number * (len(configs) - number)
             print(f"{PREFIX}{number}/{len(configs)}  {output.name}  {said}  {left:.0f} s left", flush=True)
     return done
 
 
 @contextmanager
-def _stopping_workers(pool: Executor) -> Iterator[None]:
-    """End the runs too when this one is interrupted."""
-    try:
-        yield
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        raise
-
-
-@contextmanager
 def in_threads(jobs: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads that call ``run_all``, each for itself; whatever ends this one ends their runs too."""
-    with ThreadPoolExecutor(jobs) as pool, _stopping_workers(pool):
-        yield pool
+    """A pool of threads that each wait for runs; whatever ends this one ends their runs too."""
+    with ThreadPoolExecutor(jobs) as threads:
+        try:
+            yield threads
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
 
 
-def _run(config: Config, nodes: int) -> Rounds:
-    """One run in a process of its own; what Flower and the application say goes to flower.log."""
+def _in_a_process(config: Config, nodes: int) -> Rounds | str:
+    """A process for each run: each starts as cold as the others, and one that is killed takes no other along."""
+    # Spawned, not forked: a fork of a process with threads, as torch and gRPC have, can hang.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_run, config, nodes).result()
+
+
+def _run(config: Config, nodes: int) -> Rounds | str:
+    """One run, or why its rounds failed; what Flower and the application say goes to flower.log."""
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     with (
@@ -107,12 +107,17 @@ def _run(config: Config, nodes: int) -> Rounds:
         # Imported here: Flower's logger keeps the stderr that it finds.
         import client_app
         import server_app
+        from fedpm_flwr.guarded import FailedRoundsError
         from fedpm_flwr.inline import run_inline
 
-        wall, cpu = time.perf_counter(), time.process_time()
-        run_inline(server_app.app, client_app.app, nodes, config.to_run_config())
-        share = (time.process_time() - cpu) / (time.perf_counter() - wall)
-    return [{**row, "cpu-seconds": row["seconds"] * share} for row in read_rounds(folder)]
+        before = time.process_time()
+        try:
+            run_inline(server_app.app, client_app.app, nodes, config.to_run_config())
+        except FailedRoundsError as error:
+            return f"{type(error).__name__}: {error}"
+        rounds = read_rounds(folder)
+        share = (time.process_time() - before) / max(len(rounds) - 1, 1)
+    return [{**row, "cpu-seconds": share if row["round"] else 0.0} for row in rounds]
 
 
 def read_rounds(folder: Path) -> Rounds:
@@ -152,8 +157,10 @@ class Store:
         self._writing = threading.Lock()
         self.runs: list[Run] = []
         if path.exists():
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-                self.runs.append(_parsed(line, f"{path}, line {number}"))
+            *lines, rest = path.read_text(encoding="utf-8").split("\n")
+            if rest:  # whoever wrote it was stopped
+                print(f"{PREFIX}{path}: the last line is cut short, its run does not count", file=sys.stderr)
+            self.runs = [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
     def find(self, config: Config, nodes: int) -> Run | None:
         """The newest run of this configuration."""
@@ -172,8 +179,10 @@ class Store:
         line = json.dumps({**document, "rounds": _finite(columns)}, ensure_ascii=False)
         with self._writing:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
+            with self.path.open("a+b") as file:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)  # a last line that was cut short
+                file.write(f"{line}\n".encode())
             self.runs.append(run)
         return run
 
@@ -182,7 +191,7 @@ def run_missing(store: Store, configs: Sequence[Config], nodes: int, jobs: int) 
     """The run of each configuration: from the store, or run now and kept there as soon as it ends.
 
     Raises:
-        RuntimeError: the process of a run was killed; the others are in the store.
+        RuntimeError: a run was killed, or broke off; the others are in the store.
     """
     missing = [config for config in configs if store.find(config, nodes) is None]
     if len(missing) < len(configs):
@@ -190,15 +199,11 @@ def run_missing(store: Store, configs: Sequence[Config], nodes: int, jobs: int) 
     if missing:
         with tempfile.TemporaryDirectory(prefix="fedpm-flwr-") as folder:
             placed = [replace(one, output=f"{folder}/{i}-{one.algorithm}") for i, one in enumerate(missing)]
-            run_all(placed, nodes, jobs, lambda config, gave: _keep(store, config, nodes, gave))
+            run_all(placed, nodes, jobs, lambda config, gave: store.add(config, nodes, gave))
     found = [run for config in configs if (run := store.find(config, nodes)) is not None]
     if len(found) < len(configs):
-        raise RuntimeError(f"{len(configs) - len(found)} runs were killed; the same command runs them again")
+        raise RuntimeError(f"{len(configs) - len(found)} runs broke off; the same command runs them again")
     return found
-
-
-def _keep(store: Store, config: Config, nodes: int, gave: Rounds | str) -> None:
-    store.add(config, nodes, gave.partition("; its log:")[0] if isinstance(gave, str) else gave)
 
 
 def settings_of(config: Config) -> dict[str, Value]:

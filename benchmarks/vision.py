@@ -16,9 +16,10 @@ at as many in all; ``alpha``; ``clients``; ``participation``, of 100 clients.
 
 Columns: accuracy_mean and _std, test accuracy after the last round, over seeds; paper, what the paper has for the
 whole experiment with its own CNN; rounds_to_fedavg, the first round with the accuracy that FedAvg ends with, mean
-over seeds, if all get there; at_fedavgs_mb, at_fedavgs_seconds, the accuracy when as many bytes or seconds are
-spent as FedAvg spends in all; uplink_mb from all clients in all rounds; local_steps a client; seconds of one
-core (on a GPU: of the clock) that all clients and the server take, tests of the model included.
+over seeds, if all get there; at_fedavgs_mb, at_fedavgs_seconds, the accuracy when as many bytes (to the server) or
+seconds are spent as FedAvg spends in all, on the line between two rounds; uplink_mb from all clients in all
+rounds; local_steps a client, weighed by examples; seconds of one core (on a GPU: of the clock) that all clients
+and the server take, tests of the model included.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -57,6 +59,7 @@ _START_S = 10.0
 _FORWARD = 1 / 3
 """What testing an image costs, training it being 1."""
 _BASELINE = "fedavg"
+_SWEPT_EPOCHS = (10, 5, 1)
 _SWEPT_METHODS = "fedavg,scaffold,localnewton,fedpm"
 
 
@@ -83,8 +86,7 @@ def _same_epochs(case: Case) -> list[Case]:
     total = rounds * (case.version.epochs or 5)
     return [
         replace(case, version=replace(case.version, rounds=total // epochs, epochs=epochs))
-        for epochs in (10, 5, 1)
-        if total >= epochs
+        for epochs in _SWEPT_EPOCHS
     ]
 
 
@@ -134,7 +136,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--budget-minutes", type=float, help="pick --images and --rounds for so many minutes")
     parser.add_argument("--sweep", choices=tuple(SWEEPS), help="vary this, at the least of --alphas")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
+    jobs = 1 if torch.cuda.is_available() else os.cpu_count()
+    parser.add_argument(
+        "--jobs", type=int, default=jobs, help="runs at a time (default: one a core; on a GPU one)"
+    )
     parser.add_argument("--store", type=Path, default=RESULTS / "vision.jsonl", help="keep the runs in this file")
     given = parser.parse_args(arguments)
     given.methods = (given.methods or (_SWEPT_METHODS if given.sweep else ",".join(METHODS))).split(",")
@@ -154,6 +159,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{key}={getattr(given, key)} is not allowed; allowed: >= {least}")
     if given.budget_minutes is not None and (given.images or given.rounds or given.epochs or given.sweep):
         parser.error("--budget-minutes picks a version itself: leave --images, --rounds, --epochs and --sweep out")
+    total = (given.rounds or 100) * (given.epochs or 5)
+    if given.sweep == "epochs" and total % max(_SWEPT_EPOCHS):
+        parser.error(f"--sweep epochs: {total} local epochs in all are not a multiple of {max(_SWEPT_EPOCHS)}")
     return given
 
 
@@ -171,7 +179,8 @@ def cases_of(given: argparse.Namespace, dataset: str) -> list[Case]:
         print(
             f"{PREFIX}{dataset}: {images:,} training images and {version.rounds} rounds for all methods alike, so "
             f"that {runs} runs fit into {given.budget_minutes:g} minutes (the whole experiment: "
-            f"{_TRAIN_IMAGES:,} images, {experiment.num_server_rounds} rounds)",
+            f"{_TRAIN_IMAGES:,} images, {experiment.num_server_rounds} rounds); to go on with these later: "
+            f"--images {version.images} --rounds {version.rounds}",
             flush=True,
         )
     return [Case(dataset, alpha, version) for alpha in given.alphas]
@@ -221,10 +230,8 @@ def rows_of(runs: Iterable[Run]) -> list[Row]:
 
 def case_of(run: Run) -> tuple[Value, ...]:
     """What runs that are compared have in common."""
-    keys = (
-        "dataset", "model", "alpha", "max-train-examples", "num-server-rounds", "local-epochs", "fraction-train",
-    )  # fmt: skip
-    return (*(run.settings[key] for key in keys), run.nodes)
+    keys = ("model", "alpha", "max-train-examples", "num-server-rounds", "local-epochs", "fraction-train")
+    return (data_of(run), *(run.settings[key] for key in keys), run.nodes)
 
 
 def method_of(run: Run) -> str:
@@ -253,7 +260,7 @@ def _row(method: str, runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
         "participation": float(settings["fraction-train"]),
         "seeds": len(runs),
         "failed": failed,
-        "paper": PAPER.get((data_of(runs[0]), float(settings["alpha"])), {}).get(method),
+        "paper": _of_the_paper(runs[0], method),
     }
     if failed:
         return {**row, "accuracy_mean": None}
@@ -267,6 +274,13 @@ def _row(method: str, runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
         "local_steps": rounded(statistics.fmean(_spent(run, "local-steps")[-1] for run in runs)),
         "seconds": rounded(statistics.fmean(_spent(run, seconds_key(run))[-1] for run in runs)),
     }
+
+
+def _of_the_paper(run: Run, method: str) -> float | None:
+    """What the paper has for this case, in 100 rounds on all images."""
+    if (run.nodes, run.settings["fraction-train"], run.settings["local-epochs"]) != (NODES, 1.0, 5):
+        return None
+    return PAPER.get((data_of(run), float(run.settings["alpha"])), {}).get(method)
 
 
 def _beside(runs: Sequence[Run], baseline: Mapping[Value, Run]) -> Mapping[str, float | None]:
@@ -288,8 +302,15 @@ def _beside(runs: Sequence[Run], baseline: Mapping[Value, Run]) -> Mapping[str, 
     return {
         "rounds_to_fedavg": rounded(statistics.fmean(there)) if len(there) == len(runs) else None,
         "at_fedavgs_mb": at(lambda _: "uplink-bytes"),
-        "at_fedavgs_seconds": at(seconds_key),
+        "at_fedavgs_seconds": at(seconds_key)
+        if len({_machine(run) for pair in pairs for run in pair}) == 1
+        else None,
     }
+
+
+def _machine(run: Run) -> tuple[str, ...]:
+    """Seconds of different ones are no comparison."""
+    return tuple(str(run.provenance[key]) for key in ("processor", "cores", "accelerator"))
 
 
 def seconds_key(run: Run) -> str:
@@ -303,9 +324,8 @@ def _spent(run: Run, key: str) -> list[float]:
 
 
 def _accuracy_at(rounds: Rounds, spent: Sequence[float], budget: float) -> float:
-    """After the last round that the budget has been enough for."""
-    within = [row for row, total in zip(rounds, spent, strict=True) if total <= budget * (1 + 1e-9)]
-    return (within or rounds[:1])[-1]["test-accuracy"]
+    """When the budget is spent, on the line between two rounds; after the last round, if there is more of it."""
+    return float(np.interp(budget, spent, [row["test-accuracy"] for row in rounds]))
 
 
 if __name__ == "__main__":

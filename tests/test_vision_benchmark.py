@@ -10,13 +10,23 @@ import numpy as np
 import pytest
 
 from benchmarks import results, tune, vision
-from benchmarks.experiments import ALGORITHMS, CONFIGS, METHODS, PAPER, Version, tuned
+from benchmarks.experiments import ALGORITHMS, CONFIGS, METHODS, PAPER, RESULTS, Version, tuned
 from benchmarks.runs import Run, Store, settings_of
 from benchmarks.vision import VERSIONS, Case, pick_version
 from fedpm_flwr.algorithms import settings_without_effect
 from fedpm_flwr.config import Config
 
-COLUMNS = {"dataset", "alpha", "method", "codec", "accuracy_mean", "accuracy_std", "rounds_to_fedavg", "uplink_mb"}
+COLUMNS = {
+    "dataset",
+    "alpha",
+    "method",
+    "codec",
+    "accuracy_mean",
+    "accuracy_std",
+    "rounds_to_fedavg",
+    "uplink_mb",
+    "seconds",
+}
 
 
 def write_data(folder: Path, name: str, classes: int) -> None:
@@ -37,14 +47,14 @@ def test_a_small_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     write_data(tmp_path, "cifar10", 10)
     store = tmp_path / "vision.jsonl"
     given = ["--data", str(tmp_path), "--alphas", "0.1", "--methods", "fedavg,fedpm:auto", "--seeds", "1"]
-    given += ["--rounds", "2", "--epochs", "1", "--store", str(store)]
+    given += ["--rounds", "2", "--store", str(store)]
     assert vision.main([*given, "--output", str(tmp_path / "table.json")]) == 0
     fedavg, fedpm = rows_of(capsys)
     assert json.loads((tmp_path / "table.json").read_text())["rows"] == [fedavg, fedpm]
     assert fedpm.keys() == fedavg.keys() >= COLUMNS
     assert (fedavg["method"], fedavg["codec"], fedavg["paper"]) == ("fedavg", None, 0.631)
     assert (fedpm["method"], fedpm["codec"], fedpm["paper"]) == ("fedpm", "auto", None)
-    assert (fedpm["dataset"], fedpm["alpha"], fedpm["rounds"], fedpm["local_epochs"]) == ("cifar10", 0.1, 2, 1)
+    assert (fedpm["dataset"], fedpm["alpha"], fedpm["rounds"], fedpm["local_epochs"]) == ("cifar10", 0.1, 2, 5)
     assert fedavg["at_fedavgs_mb"] == fedavg["at_fedavgs_seconds"] == fedavg["accuracy_mean"]
     assert 1.04 < fedpm["uplink_mb"] / fedavg["uplink_mb"] < 1.06
     lines = store.read_text()
@@ -61,7 +71,7 @@ def test_cifar100_is_resnet18_with_a_hundred_classes(tmp_path: Path, capsys: pyt
     given += ["--images", "20", "--rounds", "1", "--epochs", "1", "--seeds", "1", "--store", str(tmp_path / "s")]
     assert vision.main(given) == 0
     (row,) = rows_of(capsys)
-    assert (row["dataset"], row["paper"], row["images"]) == ("cifar100", 0.598, 20)
+    assert (row["dataset"], row["paper"], row["images"]) == ("cifar100", None, 20)
     assert row["uplink_mb"] == pytest.approx(10 * 4 * 11.22, rel=0.02), "11.2 million parameters of 10 clients"
 
 
@@ -99,7 +109,6 @@ def test_the_settings_of_each_method_are_there_and_all_have_an_effect(algorithm:
 
 def test_every_method_of_the_paper_is_a_row() -> None:
     assert all(set(row) <= set(METHODS) for row in PAPER.values())
-    assert PAPER["cifar100", 1.0]["localnewton"] > PAPER["cifar100", 1.0]["fedpm"], "losses are shown like wins"
 
 
 def test_a_budget_picks_the_largest_version_that_fits() -> None:
@@ -130,6 +139,10 @@ def test_sweeps_vary_one_thing() -> None:
         (["--methods", "sgd"], "--methods=sgd; allowed, joined by commas: fedavg, "),
         (["--alphas", "0"], "alpha=0.0 is not allowed; allowed: number > 0"),
         (["--seeds", "0"], "--seeds=0 is not allowed; allowed: >= 1"),
+        (
+            ["--sweep", "epochs", "--rounds", "15", "--epochs", "1"],
+            "15 local epochs in all are not a multiple of 10",
+        ),
         (["--budget-minutes", "5", "--rounds", "3"], "--budget-minutes picks a version itself"),
     ],
 )
@@ -148,7 +161,7 @@ def run(method: str, seed: int, accuracies: list[float], megabytes: float, secon
             "uplink-bytes": megabytes * 1e6 if number else 0.0,
             "local-steps": 7.0 if number else float("nan"),
             "seconds": 2 * seconds,
-            "cpu-seconds": seconds,
+            "cpu-seconds": seconds if number else 0.0,
         }
         for number, accuracy in enumerate(accuracies)
     ]
@@ -160,8 +173,11 @@ def test_a_row_tells_what_is_bought_for_fedavgs_bytes_and_seconds() -> None:
     runs = [run("fedavg", 0, [0.1, 0.2, 0.3], 1.0, 1.0), run("fedpm", 0, [0.1, 0.3, 0.4], 1.5, 1.4)]
     fedavg, fedpm = vision.rows_of(runs)
     assert (fedpm["rounds_to_fedavg"], fedavg["rounds_to_fedavg"]) == (1, 2)
-    assert (fedpm["at_fedavgs_mb"], fedpm["at_fedavgs_seconds"]) == (0.3, 0.3)
-    assert (fedpm["uplink_mb"], fedpm["local_steps"], fedpm["seconds"]) == (3.0, 14.0, 4.2)
+    # 2 MB are a round and a third, 2 s a round and 3/7.
+    assert fedpm["at_fedavgs_mb"] == pytest.approx(0.3 + 0.1 / 3, abs=1e-4)
+    assert fedpm["at_fedavgs_seconds"] == pytest.approx(0.3 + 0.1 * 3 / 7, abs=1e-4)
+    assert fedavg["at_fedavgs_seconds"] == 0.3
+    assert (fedpm["uplink_mb"], fedpm["local_steps"], fedpm["seconds"]) == (3.0, 14.0, 2.8)
     assert fedpm["accuracy_std"] is None
     with_failure = [*runs, replace(run("fedpm", 1, [], 0, 0), failure="failed: it diverged")]
     assert [row["accuracy_mean"] for row in vision.rows_of(with_failure)] == [0.3, None]
@@ -174,8 +190,9 @@ def test_pages_are_made_from_runs(tmp_path: Path) -> None:
         for seed in (0, 1)
     ]
     text = results.make_blocks(runs)["vision"]
-    assert "| `fedpm`  | 0.410 ± 0.014 | 2     | 0.686" in text
-    assert "100 images, 2 rounds of 1 local epochs, 10 clients" in text
+    assert "| `fedpm`  | 0.410 ± 0.014 | 2     |" in text
+    assert "the first 100 images, 2 rounds of 1 local epochs, 10 clients" in text
+    assert "the first 100 images, 2 rounds of 1 local epochs" in results.make_blocks(runs)["headline"]
     (name,) = results.pictures(runs)
     results.plot(runs, tmp_path / f"{name}.png")
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
@@ -193,3 +210,7 @@ def test_only_runs_by_the_settings_that_count_now_are_shown(tmp_path: Path) -> N
 
 def test_the_pages_are_what_the_runs_give() -> None:
     assert results.main(["--check"]) == 0
+    for page, name in (("docs/results.md", "vision"), ("README.md", "headline")):
+        text = (results.ROOT / page).read_text()
+        assert f"<!-- results: {name} -->\n" in text
+        assert results.make_blocks(results.load(RESULTS))[name] in text
