@@ -8,12 +8,13 @@ the seed --seed, which the tables do not use. The test set is not looked at. Wha
 the held-out images after the last three rounds; a run that fails counts as 0. The first trial of a method is where
 the literature or earlier runs would begin (``SPACES``), the others are optuna's TPE's, seeded.
 
-The best settings go to benchmarks/configs/DATASET-METHOD.toml, which ``flwr run . --run-config`` takes too. All
-trials are kept in --store, and none that is there is run again: a search that was broken off goes on. With
---trials 0 the files are where searches would begin, and say so.
+All trials are kept in --store, and none that is there is run again: a search that was broken off goes on. The
+best settings of all that are kept, of earlier searches in other spaces too, go to
+benchmarks/configs/DATASET-METHOD.toml, which ``flwr run . --run-config`` takes as well. With --trials 0 the files
+are where searches would begin, and say so.
 
-Columns: the method, its trials and how many of them failed; accuracy, of the best; first, that of the first trial;
-the settings that were found.
+Columns: the method, its kept trials and how many of them failed; accuracy, of the best; first, that of the first
+trial of this search; the settings that were found.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from scripts.processes import exit_on_signals
 
 from .arguments import make_parser
 from .experiments import ALGORITHMS, CONFIGS, DATASETS, NODES, RESULTS, Version, base, configs_file, located
-from .runs import Run, Store, in_threads, run_missing
+from .runs import Run, Store, in_threads, run_missing, settings_of
 from .table import Row, publish, rounded
 
 VALIDATION_SHARE = 0.2
@@ -146,31 +147,37 @@ def search(given: argparse.Namespace, store: Store, dataset: str, algorithm: str
             space.first,
         )
         return {"dataset": dataset, "method": algorithm, "trials": 0, "accuracy": None, **space.first}
-    failed = 0
     for _ in range(given.trials):
         trial = study.ask(dict(space.of))
-        config = config_of(given, dataset, algorithm, _rounded(trial.params))
-        (run,) = run_missing(store, [config], NODES, 1)
-        failed += bool(run.failure)
+        (run,) = run_missing(store, [config_of(given, dataset, algorithm, _rounded(trial.params))], NODES, 1)
         study.tell(trial, accuracy_of(run))
-    best = study.best_trial
-    accuracy = best.value or None
+    trials = trials_of(store, config_of(given, dataset, algorithm, {}))
+    best = max(trials, key=accuracy_of)
+    found = {key: best.settings[key] for key in space.of}
+    accuracy = accuracy_of(best) or None
     if accuracy is not None:
         size = f"{given.images or 'all'} images, {given.rounds} rounds, seed {given.seed}"
         comment = (
-            f"# Expected: accuracy {accuracy:.3f} on held-out training images: the best of {given.trials} trials\n"
+            f"# Expected: accuracy {accuracy:.3f} on held-out training images: the best of {len(trials)} trials\n"
             f"# ({size}; python -m benchmarks.tune). On the test set: docs/results.md."
         )
-        write(path, comment, dataset, algorithm, _rounded(best.params))
+        write(path, comment, dataset, algorithm, found)
     return {
         "dataset": dataset,
         "method": algorithm,
-        "trials": given.trials,
-        "failed": failed,
+        "trials": len(trials),
+        "failed": sum(bool(run.failure) for run in trials),
         "accuracy": accuracy,
         "first": study.trials[0].value,
-        **_rounded(best.params),
+        **found,
     }
+
+
+def trials_of(store: Store, like: Config) -> list[Run]:
+    """All that are kept of this method and size, in whatever spaces they were searched."""
+    searched = {key for space in SPACES.values() for key in space.of}
+    same = {key: value for key, value in settings_of(like).items() if key not in searched}
+    return [run for run in store.runs if same.items() <= {**settings_of(Config()), **run.settings}.items()]
 
 
 def config_of(given: argparse.Namespace, dataset: str, algorithm: str, settings: Mapping[str, Value]) -> Config:

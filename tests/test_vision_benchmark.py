@@ -96,6 +96,17 @@ def test_a_search_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFix
     lines = (tmp_path / "s.jsonl").read_text()
     assert tune.main(given) == 0
     assert (tmp_path / "s.jsonl").read_text() == lines, "the same search finds its trials"
+    # One that an earlier search has left, and those of others.
+    store = Store(tmp_path / "s.jsonl")
+    like = tune.config_of(tune._parse(given), "cifar10", "fedavg", {})
+    best = [{"round": 0, "test-accuracy": 0.1}, {"round": 1, "test-accuracy": 0.99}]
+    store.add(replace(like, learning_rate=2.5, clip=7.0), 10, best)
+    for other in (replace(like, seed=7), replace(like, max_train_examples=20), replace(like, algorithm="fedprox")):
+        store.add(replace(other, learning_rate=2.6), 10, best)
+    capsys.readouterr()
+    assert tune.main(given) == 0
+    (row,) = rows_of(capsys)
+    assert (row["trials"], row["accuracy"], row["learning-rate"], row["clip"]) == (4, 0.99, 2.5, 7.0)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
