@@ -99,10 +99,10 @@ def test_a_search_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFix
     # One that an earlier search has left, and those of others.
     store = Store(tmp_path / "s.jsonl")
     like = tune.config_of(tune._parse(given), "cifar10", "fedavg", {})
-    best = [{"round": 0, "test-accuracy": 0.1}, {"round": 1, "test-accuracy": 0.99}]
-    store.add(replace(like, learning_rate=2.5, clip=7.0), 10, best)
+    rounds = [{"round": 0, "test-accuracy": 0.1}, {"round": 1, "test-accuracy": 0.99}]
+    store.add(replace(like, learning_rate=2.5, clip=7.0), 10, rounds)
     for other in (replace(like, seed=7), replace(like, max_train_examples=20), replace(like, algorithm="fedprox")):
-        store.add(replace(other, learning_rate=2.6), 10, best)
+        store.add(replace(other, learning_rate=2.6), 10, rounds)
     capsys.readouterr()
     assert tune.main(given) == 0
     (row,) = rows_of(capsys)
