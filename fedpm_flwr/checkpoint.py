@@ -109,7 +109,8 @@ class Checkpoints:
         tensors, metadata = read_tensors(path)
         document = metadata.pop(_DOCUMENT, "")
         if metadata != _KIND:
-            raise DamagedFileError(f"{path}: it says {json.dumps(metadata)}, not {json.dumps(_KIND)}")
+            found = json.dumps(metadata, sort_keys=True)  # safetensors returns it in any order
+            raise DamagedFileError(f"{path}: it says {found}, not {json.dumps(_KIND)}")
         parts = {name: _decode(part, tensors) for name, part in json.loads(document).items()}
         return Checkpoint(
             server_round=parts["round"],

@@ -123,7 +123,9 @@ class ClientState:
             metadata.pop(_COUNTED, None)
             expected = _kind(number)
             if metadata != expected:
-                raise DamagedFileError(f"it says {json.dumps(metadata)}, not {json.dumps(expected)}")
+                raise DamagedFileError(
+                    f"it says {json.dumps(metadata, sort_keys=True)}, not {json.dumps(expected)}"
+                )
         except (OSError, DamagedFileError) as error:
             _log.warning("client state %s cannot be used, the client goes on without it: %s", path, error)
             return {}
