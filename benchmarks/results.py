@@ -200,6 +200,7 @@ def _provenance(runs: Sequence[Run]) -> str:
 
 def plot(runs: Sequence[Run], path: Path) -> None:
     """Mean test accuracy against rounds, bytes, local steps and seconds, a line a method."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     methods: dict[str, list[Run]] = {}
@@ -208,6 +209,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
             methods.setdefault(method_of(run), []).append(run)
     figure = Figure(figsize=(14, 4), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, len(_AXES), sharey=True), _AXES, strict=True):
+        axes.set_prop_cycle(color=[colormaps["tab20"](number) for number in (*range(0, 20, 2), *range(1, 20, 2))])
         for method, own in methods.items():
             at = [_mean(column) for column in zip(*(_along(run, key) for run in own), strict=True)]
             curves = [[row["test-accuracy"] for row in run.rounds] for run in own]
