@@ -148,13 +148,14 @@ def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("kill", "during_aggregation", "damage"),
     [
         ("superlink", True, flip_a_bit),
-        pytest.param("superlink", False, None, marks=pytest.mark.faults),
-        pytest.param("serverapp", True, cut_short, marks=pytest.mark.faults),
-        pytest.param("serverapp", False, None, marks=pytest.mark.faults),
+        ("superlink", False, None),
+        ("serverapp", True, cut_short),
+        ("serverapp", False, None),
     ],
 )
 def test_a_killed_server_is_taken_up_from_its_newest_good_checkpoint(
