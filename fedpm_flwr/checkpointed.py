@@ -202,10 +202,10 @@ class Checkpointed(Strategy):
         if not isinstance(self.strategy, Guarded) or self._source is None:
             return
         to = self._checkpoints.folder / _STATES
-        to.mkdir(mode=0o700, parents=True, exist_ok=True)  # each is of a single client's data
         for run, _ in self.strategy.forked_from:
             kept = self._source / _STATES / run
             if kept.is_dir() and kept.resolve() != (to / run).resolve():
+                to.mkdir(mode=0o700, parents=True, exist_ok=True)  # each is of a single client's data
                 parts = shutil.ignore_patterns("*.part")  # of a run that may still go on
                 shutil.copytree(kept, to / run, ignore=parts, copy_function=copy_if_there, dirs_exist_ok=True)
 

@@ -163,7 +163,11 @@ def test_checkpoints_hold_all_that_the_server_needs(tmp_path: Path, caplog: pyte
     assert not list((tmp_path / "broken" / "state").rglob("server-*"))
     broken.rename(first)
     second, third = tmp_path / "broken" / "second", tmp_path / "broken" / "third"
+    kept = next((first / "checkpoints" / "states").rglob("server-*"))
+    (kept / f"9.safetensors.{'0' * 32}.part").mkdir()  # somebody is writing there
     break_off(second, {**settings, "resume": str(first)}, in_round=4, every=1)
+    assert not list((second / "checkpoints").rglob("*.part"))
+    assert (second / "checkpoints" / "states").stat().st_mode & 0o777 == 0o700
     shutil.rmtree(first)
     run(third, settings, resume=str(second))
     check_same(tmp_path / "whole" / "run", third)
@@ -181,6 +185,7 @@ def test_in_the_same_folder_twice_and_after_its_end(tmp_path: Path, capsys: pyte
     told = capsys.readouterr().out
     assert "taken up after round 2 of" in told
     assert "taken up after round 3 of" in told
+    assert not (broken / "checkpoints" / "states").exists(), "nothing to copy: nothing is made"
     model = (broken / "model.safetensors").read_bytes()
     run(broken, {**settings, "damping": 0.5}, resume=str(broken), output="")  # there is nothing left to do
     assert (broken / "model.safetensors").read_bytes() == model
