@@ -215,6 +215,11 @@ def settings_of(config: Config) -> dict[str, Value]:
     return settings
 
 
+def data_of(run: Run) -> str:
+    """The name of its data set, from wherever it was read."""
+    return Path(str(run.settings["dataset"]).rpartition(":")[2]).stem
+
+
 def provenance() -> dict[str, Any]:
     """Which code, on what, by which command, when."""
     status = _git("status", "--porcelain", "--untracked-files=no")

@@ -38,6 +38,7 @@ from .runs import Run, Store, in_threads, run_missing, settings_of
 from .table import Row, publish, rounded
 
 VALIDATION_SHARE = 0.2
+IMAGES, ROUNDS, SEED = 5_000, 6, 100
 _LAST = 3
 _DIGITS = 3
 
@@ -112,9 +113,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--trials", type=int, default=10, help="of each method; 0: begin only (default: %(default)s)"
     )
-    parser.add_argument("--images", type=int, default=5_000, help="0: all (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=6, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=100, help="of runs and search (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=IMAGES, help="0: all (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=SEED, help="of runs and search (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     parser.add_argument("--store", type=Path, help="default: benchmarks/results/tune-DATASET.jsonl")
     parser.add_argument("--configs", type=Path, help="folder for the .toml files (default: benchmarks/configs)")

@@ -46,7 +46,7 @@ from scripts.processes import exit_on_signals
 
 from .arguments import make_parser
 from .experiments import ALPHAS, DATASETS, METHODS, NODES, PAPER, RESULTS, Version, located, tuned
-from .runs import Rounds, Run, Store, rounds_to, run_missing
+from .runs import Rounds, Run, Store, data_of, rounds_to, run_missing
 from .table import Row, publish, rounded
 
 VERSIONS = (
@@ -218,20 +218,21 @@ def images_per_second(model_name: str, dataset: str, seconds: float = 2.0) -> fl
 
 def rows_of(runs: Iterable[Run]) -> list[Row]:
     """One row a method and case, in the order of the runs."""
-    grouped: dict[tuple[Value, ...], dict[str, list[Run]]] = {}
+    grouped: dict[Case, dict[str, list[Run]]] = {}
     for run in runs:
         grouped.setdefault(case_of(run), {}).setdefault(method_of(run), []).append(run)
     return [
-        _row(method, own, methods.get(_BASELINE, []))
-        for methods in grouped.values()
+        _row(case, method, own, methods.get(_BASELINE, []))
+        for case, methods in grouped.items()
         for method, own in methods.items()
     ]
 
 
-def case_of(run: Run) -> tuple[Value, ...]:
+def case_of(run: Run) -> Case:
     """What runs that are compared have in common."""
-    keys = ("model", "alpha", "max-train-examples", "num-server-rounds", "local-epochs", "fraction-train")
-    return (data_of(run), *(run.settings[key] for key in keys), run.nodes)
+    of = run.settings
+    version = Version(int(of["max-train-examples"]), int(of["num-server-rounds"]), int(of["local-epochs"]))
+    return Case(data_of(run), float(of["alpha"]), version, run.nodes, float(of["fraction-train"]))
 
 
 def method_of(run: Run) -> str:
@@ -240,27 +241,22 @@ def method_of(run: Run) -> str:
     return f"{algorithm}:{codec}" if algorithm == "fedpm" and codec != Config().codec else algorithm
 
 
-def data_of(run: Run) -> str:
-    """The name of its data set, from wherever it was read."""
-    return Path(str(run.settings["dataset"]).rpartition(":")[2]).stem
-
-
-def _row(method: str, runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
-    settings, failed = runs[0].settings, sum(bool(run.failure) for run in runs)
+def _row(case: Case, method: str, runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
+    failed = sum(bool(run.failure) for run in runs)
     algorithm, _, codec = method.partition(":")
     row: dict[str, str | int | float | None] = {
-        "dataset": data_of(runs[0]),
-        "alpha": float(settings["alpha"]),
+        "dataset": case.dataset,
+        "alpha": case.alpha,
         "method": algorithm,
-        "codec": codec or (str(settings["codec"]) if algorithm.startswith("fedpm") else None),
-        "images": int(settings["max-train-examples"]) or None,
-        "rounds": int(settings["num-server-rounds"]),
-        "local_epochs": int(settings["local-epochs"]),
-        "clients": runs[0].nodes,
-        "participation": float(settings["fraction-train"]),
+        "codec": codec or (str(runs[0].settings["codec"]) if algorithm.startswith("fedpm") else None),
+        "images": case.version.images or None,
+        "rounds": case.version.rounds,
+        "local_epochs": case.version.epochs,
+        "clients": case.nodes,
+        "participation": case.participation,
         "seeds": len(runs),
         "failed": failed,
-        "paper": _of_the_paper(runs[0], method),
+        "paper": _of_the_paper(case, method),
     }
     if failed:
         return {**row, "accuracy_mean": None}
@@ -276,11 +272,11 @@ def _row(method: str, runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
     }
 
 
-def _of_the_paper(run: Run, method: str) -> float | None:
+def _of_the_paper(case: Case, method: str) -> float | None:
     """What the paper has for this case, in 100 rounds on all images."""
-    if (run.nodes, run.settings["fraction-train"], run.settings["local-epochs"]) != (NODES, 1.0, 5):
+    if (case.nodes, case.participation, case.version.epochs) != (NODES, 1.0, 5):
         return None
-    return PAPER.get((data_of(run), float(run.settings["alpha"])), {}).get(method)
+    return PAPER.get((case.dataset, case.alpha), {}).get(method)
 
 
 def _beside(runs: Sequence[Run], baseline: Mapping[Value, Run]) -> Mapping[str, float | None]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import results, tune, vision
+from benchmarks import ablation, results, tune, vision
 from benchmarks.experiments import ALGORITHMS, CONFIGS, METHODS, PAPER, RESULTS, Version, tuned
 from benchmarks.runs import Run, Store, settings_of
 from benchmarks.vision import VERSIONS, Case, pick_version
@@ -61,6 +61,75 @@ def test_a_small_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert vision.main(given) == 0, "nothing is run again"
     assert store.read_text() == lines
     assert rows_of(capsys) == [fedavg, fedpm]
+
+
+def test_a_small_sweep_and_its_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_data(tmp_path, "cifar10", 10)
+    given = ["--data", str(tmp_path), "--sweep", "epochs", "--rounds", "10", "--epochs", "1", "--seeds", "1"]
+    given += ["--methods", "fedavg,fedpm", "--store", str(tmp_path / "vision.jsonl")]
+    assert vision.main(given) == 0
+    rows = rows_of(capsys)
+    assert all(row.keys() >= COLUMNS for row in rows)
+    assert [(row["method"], row["rounds"], row["local_epochs"]) for row in rows] == [
+        (method, rounds, 10 // rounds) for rounds in (1, 2, 10) for method in ("fedavg", "fedpm")
+    ]
+    assert len({row["local_steps"] for row in rows}) == 1, "as many in all"
+    runs = results.load(tmp_path)
+    blocks = results.make_blocks(runs)
+    assert blocks["vision"] == "", "a sweep's cases have no tables of their own"
+    header, _, *lines = [line for line in blocks["sweeps"].splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *lines)]
+    assert cells[0] == ["method", "1 rounds × 10", "2 rounds × 5", "10 rounds × 1"]
+    assert cells[1:] == [
+        [f"`{method}`", *(f"{row['accuracy_mean']:.3f}" for row in rows if row["method"] == method)]
+        for method in ("fedavg", "fedpm")
+    ]
+    results.draw(runs, tmp_path / "images")
+    (picture,) = (tmp_path / "images").iterdir()
+    assert f"(images/{picture.name})" in blocks["sweeps"]
+    assert picture.stat().st_size > 5_000
+    assert results.make_blocks([run for run in runs if run.settings["num-server-rounds"] != 2])["sweeps"] == ""
+
+
+def test_a_budget_is_kept_by_the_smallest_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_data(tmp_path, "cifar10", 10)
+    given = ["--data", str(tmp_path), "--alphas", "0.1", "--methods", "fedavg", "--seeds", "1"]
+    given += ["--budget-minutes", "0.01", "--store", str(tmp_path / "s")]
+    assert vision.main(given) == 0
+    out = capsys.readouterr().out
+    assert "cifar10: 200 training images and 2 rounds for all methods alike" in out
+    assert "(the whole experiment: 50,000 images, 100 rounds)" in out
+    (row,) = json.loads(out.splitlines()[-1].removeprefix("RESULT "))["rows"]
+    assert (row["images"], row["rounds"], row["local_epochs"]) == (200, 2, 5)
+
+
+def test_an_ablation_changes_one_thing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = ablation.config_of("cifar10", ablation.TUNED, Version(), 100)
+    for name, changed in ablation.VARIANTS.items():
+        config = ablation.config_of("cifar10", name, Version(), 100)
+        assert settings_without_effect(replace(config, optimizer="foof")) == []
+        before, after = base.to_run_config(), config.to_run_config()
+        assert {key for key in after if after[key] != before[key]} == set(changed), name
+        assert (config.validation_share, config.seed) == (0.2, 100)
+    few = (ablation.TUNED, "clients weigh alike")
+    monkeypatch.setattr(ablation, "VARIANTS", {name: ablation.VARIANTS[name] for name in few})
+    write_data(tmp_path, "cifar10", 10)
+    given = ["--data", str(tmp_path), "--seeds", "1", "--images", "150", "--rounds", "2"]
+    given += ["--store", str(tmp_path / "ablation-cifar10.jsonl")]
+    assert ablation.main(given) == 0
+    as_tuned, alike = rows_of(capsys)
+    assert (as_tuned["variant"], as_tuned["settings"], as_tuned["minus_tuned_mean"]) == (few[0], None, 0.0)
+    assert (alike["variant"], alike["settings"]) == (few[1], "weighting=uniform")
+    kept = results.load_ablation(tmp_path)
+    assert [ablation.variant_of(run) for run in kept] == list(few)
+    one, other = (tune.accuracy_of(run) for run in kept)
+    assert alike["minus_tuned_mean"] == pytest.approx(100 * (other - one), abs=0.01)
+    assert "| clients weigh alike | `weighting=uniform` |" in results.make_blocks([], kept)["ablation"]
+    # A run without one as tuned by the same seed has nothing to be compared with.
+    stray = replace(kept[1], settings={**kept[1].settings, "seed": 101})
+    assert ablation.rows_of([*kept, stray]) == [as_tuned, alike]
 
 
 def test_cifar100_is_resnet18_with_a_hundred_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,9 +273,10 @@ def test_pages_are_made_from_runs(tmp_path: Path) -> None:
     assert "| `fedpm`  | 0.410 ± 0.014 | 2     |" in text
     assert "the first 100 images, 2 rounds of 1 local epochs, 10 clients" in text
     assert "the first 100 images, 2 rounds of 1 local epochs" in results.make_blocks(runs)["headline"]
-    (name,) = results.pictures(runs)
-    results.plot(runs, tmp_path / f"{name}.png")
-    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    results.draw(runs, tmp_path)
+    (picture,) = tmp_path.iterdir()
+    assert picture.stat().st_size > 10_000
+    assert f"(images/{picture.name})" in text
 
 
 def test_only_runs_by_the_settings_that_count_now_are_shown(tmp_path: Path) -> None:
@@ -221,7 +291,7 @@ def test_only_runs_by_the_settings_that_count_now_are_shown(tmp_path: Path) -> N
 
 def test_the_pages_are_what_the_runs_give() -> None:
     assert results.main(["--check"]) == 0
+    blocks = results.make_blocks(results.load(RESULTS), results.load_ablation(RESULTS))
     for page, name in (("docs/results.md", "vision"), ("README.md", "headline")):
         text = (results.ROOT / page).read_text()
-        assert f"<!-- results: {name} -->\n" in text
-        assert results.make_blocks(results.load(RESULTS))[name] in text
+        assert f"<!-- results: {name} -->\n{blocks[name]}<!-- end -->" in text

@@ -1,0 +1,149 @@
+"""What each choice in FedPM is worth: the tuned settings with one thing changed, on held-out training images.
+
+    python -m benchmarks.ablation --data FOLDER [--datasets cifar10] [--seeds 3]
+
+Runs are those of a trial of ``benchmarks.tune``: as many images and rounds, a fifth of the images held out and
+tested on, the test set not looked at; their seeds are 100, 101, … They are kept in --store, and none that is there
+is run again.
+
+Columns: the variant, and which setting it changes; accuracy_mean and _std, on held-out images, mean of the last
+three rounds, over seeds; minus_tuned_mean and _std, that minus the tuned settings' with the same seed, in points.
+A run that fails counts as 0.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fedpm_flwr.config import Config, ConfigError, Value
+from fedpm_flwr.report import PREFIX
+from scripts.processes import exit_on_signals
+
+from .arguments import make_parser
+from .experiments import DATASETS, NODES, RESULTS, Version, located, tuned
+from .runs import Run, Store, data_of, run_missing, settings_of
+from .table import Row, publish, rounded
+from .tune import IMAGES, ROUNDS, SEED, VALIDATION_SHARE, accuracy_of
+
+TUNED = "as tuned"
+VARIANTS: Mapping[str, Mapping[str, Value]] = {
+    TUNED: {},
+    "plain averaging": {"algorithm": "localnewton"},
+    "clients weigh alike": {"weighting": "uniform"},
+    "P of the last measurement": {"ema": 0.0},
+    "P of five times as many steps": {"ema": 0.99},
+    "P measured in every step": {"refresh-interval": 1},
+    "P measured and inverted in every step": {"refresh-interval": 1, "inverse-interval": 1},
+    "a third of the damping": {"damping": 1 / 3},
+    "three times the damping": {"damping": 3.0},
+    "damping by the mean eigenvalue": {"relative-damping": True},
+    "a server step of 0.7": {"server-learning-rate": 0.7},
+    "a server step of 1.3": {"server-learning-rate": 1.3},
+}
+"""What is changed: ``damping`` by this factor, all else to this value."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parse(arguments)
+    exit_on_signals()
+    rows: list[Row] = []
+    try:
+        for dataset in given.datasets:
+            store = Store(given.store or store_of(dataset))
+            seeds = [SEED + number for number in range(given.seeds)]
+            version = Version(given.images, given.rounds)
+            configs = [config_of(dataset, name, version, seed, given.data) for seed in seeds for name in VARIANTS]
+            rows += rows_of(run_missing(store, configs, NODES, given.jobs))
+    except ConfigError as error:
+        print(f"{PREFIX}{error}", file=sys.stderr)
+        return 2
+    publish("ablation", rows, given.output, images=given.images, rounds=given.rounds, first_seed=SEED)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser("ablation", __doc__)
+    parser.add_argument("--data", type=Path, help="folder with cifar10.npz, cifar100.npz; default: torchvision's")
+    parser.add_argument("--datasets", default="cifar10", help=f"of {', '.join(DATASETS)} (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help=f"{SEED}, … (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=IMAGES, help="0: all (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
+    parser.add_argument("--store", type=Path, help="default: benchmarks/results/ablation-DATASET.jsonl")
+    given = parser.parse_args(arguments)
+    given.datasets = given.datasets.split(",")
+    if not set(given.datasets) <= set(DATASETS):
+        parser.error(f"--datasets={','.join(given.datasets)}; allowed, joined by commas: {', '.join(DATASETS)}")
+    for key, least in (("seeds", 1), ("images", 0), ("rounds", 1), ("jobs", 1)):
+        if getattr(given, key) < least:
+            parser.error(f"--{key}={getattr(given, key)} is not allowed; allowed: >= {least}")
+    return given
+
+
+def store_of(dataset: str) -> Path:
+    """Where runs are kept that are to last."""
+    return RESULTS / f"ablation-{dataset}.jsonl"
+
+
+def config_of(dataset: str, variant: str, version: Version, seed: int, folder: Path | None = None) -> Config:
+    """A run of a variant: FedPM as tuned, but for that.
+
+    Raises:
+        ConfigError: the tuned settings are missing.
+    """
+    config = version.of(located(tuned(dataset, "fedpm"), folder))
+    changed = dict(VARIANTS[variant])
+    if "damping" in changed:
+        changed["damping"] = rounded(config.damping * float(changed["damping"]))
+    config = Config.from_run_config(config.to_run_config() | changed)
+    return replace(config, validation_share=VALIDATION_SHARE, seed=seed)
+
+
+def rows_of(runs: Iterable[Run]) -> list[Row]:
+    """One row a variant, of those of its runs whose seed the tuned settings were run with too."""
+    by_seed: dict[str, dict[Value, Run]] = {name: {} for name in VARIANTS}
+    for run in runs:
+        name = variant_of(run)
+        if name is not None:
+            by_seed[name][run.settings["seed"]] = run
+    base = by_seed[TUNED]
+    pairs = {
+        name: [(run, base[seed]) for seed, run in own.items() if seed in base] for name, own in by_seed.items()
+    }
+    return [_row(name, own) for name, own in pairs.items() if own]
+
+
+def variant_of(run: Run) -> str | None:
+    """Which of ``VARIANTS`` of the settings that are now tuned a run is of, wherever its data were read."""
+    of_a_run = ("dataset", "seed", "max-train-examples", "num-server-rounds")
+    then = {**settings_of(Config()), **run.settings}
+    for name in VARIANTS:
+        now = settings_of(config_of(data_of(run), name, Version(), SEED))
+        if all(then[key] == now[key] for key in now if key not in of_a_run):
+            return name
+    return None
+
+
+def _row(variant: str, pairs: Sequence[tuple[Run, Run]]) -> Row:
+    own = [accuracy_of(run) for run, _ in pairs]
+    minus = [100 * (accuracy_of(run) - accuracy_of(base)) for run, base in pairs]
+    several = len(pairs) > 1
+    return {
+        "dataset": data_of(pairs[0][0]),
+        "variant": variant,
+        "settings": " ".join(f"{key}={value}" for key, value in VARIANTS[variant].items()) or None,
+        "seeds": len(pairs),
+        "failed": sum(bool(run.failure) for run, _ in pairs),
+        "accuracy_mean": rounded(statistics.fmean(own)),
+        "accuracy_std": rounded(statistics.stdev(own)) if several else None,
+        "minus_tuned_mean": rounded(statistics.fmean(minus)),
+        "minus_tuned_std": rounded(statistics.stdev(minus)) if several else None,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

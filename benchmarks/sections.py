@@ -1,0 +1,200 @@
+"""The sections of docs/results.md and README.md as text: a table, a picture's place, where its runs are from."""
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from . import ablation
+from .experiments import NODES, Version
+from .runs import Run
+from .table import Row, format_table
+from .vision import Case, case_of, method_of, rows_of
+
+_SWEPT = {
+    "epochs": "the same local epochs in all, in more rounds or fewer",
+    "alpha": "heterogeneity",
+    "clients": "number of clients",
+    "participation": "share of the clients in a round",
+}
+LABELS: Mapping[str, Callable[[Case], str]] = {
+    "epochs": lambda case: f"{case.version.rounds} rounds × {case.version.epochs}",
+    "alpha": lambda case: f"α = {case.alpha:g}",
+    "clients": lambda case: f"{case.nodes} clients",
+    "participation": lambda case: f"{case.participation:.0%}",
+}
+_TITLES = {"cifar10": "CIFAR-10, LeNet", "cifar100": "CIFAR-100, ResNet18-GN"}
+_NOT_EXACT = (
+    "The CIFAR-10 file has all labels and the order exact; 59,907 of its 60,000 images are bit-exact, 93 "
+    "(73 training, 20 test; 88 ships and 5 horses) are decoded JPEGs, off by about 6 grey levels on average."
+)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Cases that differ in one thing, and the methods that were run in all of them."""
+
+    kind: str
+    cases: tuple[Case, ...]
+    methods: tuple[str, ...]
+
+
+def name_of(case: Case) -> str:
+    """For a file and a block."""
+    version = case.version
+    name = (
+        f"{case.dataset}-alpha{case.alpha}-images{version.images or 'all'}-rounds{version.rounds}"
+        f"-epochs{version.epochs}-clients{case.nodes}"
+    )
+    return (name if case.participation == 1.0 else f"{name}-share{case.participation}").replace(".", "_")
+
+
+def sweep_name(sweep: Sweep) -> str:
+    return f"{name_of(sweep.cases[0])}-by-{sweep.kind}"
+
+
+def headline(cases: Mapping[Case, Sequence[Run]]) -> str:
+    """The version that most methods were run in, of several that with most runs: all its α in one table."""
+    versions: dict[tuple[str, Version], list[Run]] = {}
+    for case, own in cases.items():
+        if (case.nodes, case.participation) == (NODES, 1.0):
+            versions.setdefault((case.dataset, case.version), []).extend(own)
+    if not versions:
+        return ""
+    (dataset, version), chosen = max(
+        versions.items(), key=lambda pair: (len({method_of(run) for run in pair[1]}), len(pair[1]))
+    )
+    rows = rows_of(chosen)
+    alphas = sorted({float(str(row["alpha"])) for row in rows}, reverse=True)
+    about = (
+        f"{_TITLES[dataset]}, {_version(version)}, {NODES} clients; test accuracy, mean ± standard deviation over "
+        f"{len({run.settings['seed'] for run in chosen})} seeds. The paper's are of 100 rounds on all images, "
+        "with a CNN that it does not tell.\n\n"
+    )
+    table: list[Row] = []
+    for name in dict.fromkeys(_name(row) for row in rows):
+        named = {row["alpha"]: row for row in rows if _name(row) == name}
+        table.append(
+            {"method": name}
+            | {f"α = {alpha:g}": _accuracy(named[alpha]) if alpha in named else None for alpha in alphas}
+            | {
+                f"the paper's, α = {alpha:g}": named[alpha]["paper"] if alpha in named else None
+                for alpha in alphas
+            }
+        )
+    return f"{about}{format_table(table)}\n"
+
+
+def section(case: Case, runs: Sequence[Run]) -> str:
+    title = f"### {_TITLES[case.dataset]}, α = {case.alpha:g}: {_version(case.version)}, {case.nodes} clients"
+    if case.participation != 1.0:
+        title += f", {case.participation:.0%} of them in a round"
+    table = format_table([_printed(row) for row in rows_of(runs)])
+    picture = f"![Test accuracy](images/{name_of(case)}.png)"
+    return "\n".join([title, "", table, "", picture, "", _provenance("vision", runs), ""])
+
+
+def sweep_section(sweep: Sweep, runs: Sequence[Run]) -> str:
+    first = sweep.cases[0]
+    told = {
+        "epochs": f"α = {first.alpha:g}, {_images(first.version)}, {first.nodes} clients",
+        "alpha": f"{_version(first.version)}, {first.nodes} clients",
+        "clients": f"α = {first.alpha:g}, {_version(first.version)}",
+        "participation": f"α = {first.alpha:g}, {_version(first.version)}, {first.nodes} clients",
+    }[sweep.kind]
+    accuracies = accuracies_of(sweep, runs)
+    labels = [LABELS[sweep.kind](case) for case in sweep.cases]
+    table: list[Row] = [
+        {
+            "method": f"`{method}`",
+            **{label: _mean_and_deviation(c) for label, c in zip(labels, columns, strict=True)},
+        }
+        for method, columns in accuracies.items()
+    ]
+    own = [run for run in runs if case_of(run) in sweep.cases and method_of(run) in sweep.methods]
+    picture = f"![Test accuracy](images/{sweep_name(sweep)}.png)"
+    title = f"### {_TITLES[first.dataset]}: {_SWEPT[sweep.kind]}"
+    return "\n".join(
+        [title, "", f"{told}.", "", format_table(table), "", picture, "", _provenance("vision", own), ""]
+    )
+
+
+def accuracies_of(sweep: Sweep, runs: Iterable[Run]) -> dict[str, list[list[float]]]:
+    """By method, and by what was varied: the last test accuracy of each seed."""
+    accuracies: dict[str, list[list[float]]] = {method: [[] for _ in sweep.cases] for method in sweep.methods}
+    for run in runs:
+        if case_of(run) in sweep.cases and method_of(run) in sweep.methods:
+            place = sweep.cases.index(case_of(run))
+            accuracies[method_of(run)][place].append(run.rounds[-1]["test-accuracy"])
+    return accuracies
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def _version(version: Version) -> str:
+    return f"{_images(version)}, {version.rounds} rounds of {version.epochs} local epochs"
+
+
+def _images(version: Version) -> str:
+    return f"the first {version.images:,} images" if version.images else "all images"
+
+
+def _printed(row: Row) -> Row:
+    return {
+        "method": _name(row),
+        "test accuracy": _accuracy(row),
+        "seeds": row["seeds"],
+        "the paper's (100 rounds, all images)": row["paper"],
+        "rounds to FedAvg's": row.get("rounds_to_fedavg"),
+        "at FedAvg's MB": row.get("at_fedavgs_mb"),
+        "at FedAvg's seconds": row.get("at_fedavgs_seconds"),
+        "uplink, MB": row.get("uplink_mb"),
+        "seconds": row.get("seconds"),
+    }
+
+
+def _name(row: Row) -> str:
+    return f"`{row['method']}`" + (", codec `auto`" if row["codec"] == "auto" else "")
+
+
+def _accuracy(row: Row) -> str:
+    mean, deviation = row["accuracy_mean"], row.get("accuracy_std")
+    if not isinstance(mean, float):
+        return f"{row['failed']} of {row['seeds']} runs failed"
+    return f"{mean:.3f} ± {deviation:.3f}" if isinstance(deviation, float) else f"{mean:.3f}"
+
+
+def _provenance(benchmark: str, runs: Sequence[Run]) -> str:
+    def told(key: str) -> str:
+        return ", ".join(sorted({str(run.provenance[key]) for run in runs}))
+
+    seeds = ", ".join(str(seed) for seed in sorted({int(run.settings["seed"]) for run in runs}))
+    commands = sorted({str(run.provenance["command"]) for run in runs})
+    exact = f" {_NOT_EXACT}" if any(run.settings["dataset"] == "npz:cifar10.npz" for run in runs) else ""
+    return (
+        f"Seeds {seeds}; {told('date')}; commit {told('commit')}; torch {told('torch')}, Flower {told('flwr')}, "
+        f"Python {told('python')}; {told('processor')}, {told('cores')} cores, "
+        f"accelerator: {told('accelerator')}.{exact}\n\n"
+        + "\n".join(f"    python -m benchmarks.{benchmark} {command}" for command in commands)
+    )
+
+
+def ablation_section(runs: Sequence[Run]) -> str:
+    """The table of ``benchmarks.ablation``."""
+    table: list[Row] = [
+        {
+            "variant": row["variant"],
+            "settings": f"`{row['settings']}`" if row["settings"] else None,
+            "held-out accuracy": _accuracy(row),
+            "minus as tuned, points": _points(row),
+        }
+        for row in ablation.rows_of(runs)
+    ]
+    return f"{format_table(table)}\n\n{_provenance('ablation', runs)}\n"
+
+
+def _points(row: Row) -> str:
+    mean, deviation = row["minus_tuned_mean"], row["minus_tuned_std"]
+    return f"{mean:+.1f} ± {deviation:.1f}" if isinstance(deviation, float) else f"{mean:+.1f}"
