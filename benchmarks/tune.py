@@ -6,15 +6,17 @@ A trial is a run of the experiment (benchmarks/experiments.py) with the first --
 fifth is held out (``validation-share``; the same for all trials and methods), for --rounds rounds at α = 0.1 with
 the seed --seed, which the tables do not use. The test set is not looked at. What counts is the mean accuracy on
 the held-out images after the last three rounds; a run that fails counts as 0. The first trial of a method is where
-the literature or earlier runs would begin (``SPACES``), the others are optuna's TPE's, seeded.
+the literature or earlier runs would begin (``SPACES``), the others are optuna's TPE's, seeded. The best
+--finalists of all trials are run again with the next --more-seeds seeds, other partitions and other images held
+out, and the best mean over all these seeds wins: a search by one seed finds settings that suit that seed.
 
-All trials are kept in --store, and none that is there is run again: a search that was broken off goes on. The
-best settings of all that are kept, of earlier searches in other spaces too, go to
+All trials are kept in --store, and none that is there is run again: a search that was broken off goes on.
+Finalists are the best of all that are kept, of earlier searches in other spaces too. The settings that win go to
 benchmarks/configs/DATASET-METHOD.toml, which ``flwr run . --run-config`` takes as well. With --trials 0 the files
 are where searches would begin, and say so.
 
-Columns: the method, its kept trials and how many of them failed; accuracy, of the best; first, that of the first
-trial of this search; the settings that were found.
+Columns: the method, its kept trials and how many of them failed; accuracy, of the winner, mean over seeds; best,
+of a trial; first, of the first trial of this search; the settings that were found.
 """
 
 import argparse
@@ -116,6 +118,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=IMAGES, help="0: all (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=SEED, help="of runs and search (default: %(default)s)")
+    parser.add_argument("--finalists", type=int, default=3, help="that are run again (default: %(default)s)")
+    parser.add_argument("--more-seeds", type=int, default=2, help="that they are run with (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     parser.add_argument("--store", type=Path, help="default: benchmarks/results/tune-DATASET.jsonl")
     parser.add_argument("--configs", type=Path, help="folder for the .toml files (default: benchmarks/configs)")
@@ -125,9 +129,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if not set(names) <= set(allowed):
             parser.error(f"--{key}={getattr(given, key)}; allowed, joined by commas: {', '.join(allowed)}")
         setattr(given, key, names)
-    for key, least in (("trials", 0), ("images", 0), ("rounds", 1), ("seed", 0), ("jobs", 1)):
-        if getattr(given, key) < least:
-            parser.error(f"--{key}={getattr(given, key)} is not allowed; allowed: >= {least}")
+    for key, least in (
+        ("trials", 0),
+        ("images", 0),
+        ("rounds", 1),
+        ("seed", 0),
+        ("finalists", 1),
+        ("more-seeds", 0),
+        ("jobs", 1),
+    ):
+        if getattr(given, key.replace("-", "_")) < least:
+            parser.error(f"--{key}={getattr(given, key.replace('-', '_'))} is not allowed; allowed: >= {least}")
     return given
 
 
@@ -153,14 +165,14 @@ def search(given: argparse.Namespace, store: Store, dataset: str, algorithm: str
         (run,) = run_missing(store, [config_of(given, dataset, algorithm, _rounded(trial.params))], NODES, 1)
         study.tell(trial, accuracy_of(run))
     trials = trials_of(store, config_of(given, dataset, algorithm, {}))
-    best = max(trials, key=accuracy_of)
-    found = {key: best.settings[key] for key in space.of}
-    accuracy = accuracy_of(best) or None
-    if accuracy is not None:
-        size = f"{given.images or 'all'} images, {given.rounds} rounds, seed {given.seed}"
+    winner, accuracy = final(given, store, dataset, algorithm, trials)
+    found = {key: winner.settings[key] for key in space.of}
+    if accuracy:
+        size = f"{given.images or 'all'} images, {given.rounds} rounds, seeds {given.seed}"
+        more = f" to {given.seed + given.more_seeds}" if given.more_seeds else ""
         comment = (
             f"# Expected: accuracy {accuracy:.3f} on held-out training images: the best of {len(trials)} trials\n"
-            f"# ({size}; python -m benchmarks.tune). On the test set: docs/results.md."
+            f"# ({size}{more}; python -m benchmarks.tune). On the test set: docs/results.md."
         )
         write(path, comment, dataset, algorithm, found)
     return {
@@ -168,16 +180,38 @@ def search(given: argparse.Namespace, store: Store, dataset: str, algorithm: str
         "method": algorithm,
         "trials": len(trials),
         "failed": sum(bool(run.failure) for run in trials),
-        "accuracy": accuracy,
+        "accuracy": accuracy or None,
+        "best": max(map(accuracy_of, trials)),
         "first": study.trials[0].value,
         **found,
     }
 
 
+def final(
+    given: argparse.Namespace, store: Store, dataset: str, algorithm: str, trials: Sequence[Run]
+) -> tuple[Run, float]:
+    """The trial that wins, and its mean accuracy over seeds."""
+    finalists = sorted(trials, key=accuracy_of, reverse=True)[: given.finalists]
+    means = []
+    for trial in finalists:
+        settings = {key: trial.settings[key] for key in searched() if key in trial.settings}
+        config = config_of(given, dataset, algorithm, settings)
+        again = [replace(config, seed=given.seed + number) for number in range(1, given.more_seeds + 1)]
+        runs = [trial, *run_missing(store, again, NODES, 1)]
+        means.append(rounded(statistics.fmean(map(accuracy_of, runs))))
+    best = max(range(len(finalists)), key=means.__getitem__)
+    return finalists[best], means[best]
+
+
+def searched() -> set[str]:
+    """All settings that are searched for some method."""
+    return {key for space in SPACES.values() for key in space.of}
+
+
 def trials_of(store: Store, like: Config) -> list[Run]:
     """All that are kept of this method and size, in whatever spaces they were searched."""
-    searched = {key for space in SPACES.values() for key in space.of}
-    same = {key: value for key, value in settings_of(like).items() if key not in searched}
+    given = searched()
+    same = {key: value for key, value in settings_of(like).items() if key not in given}
     return [run for run in store.runs if same.items() <= {**settings_of(Config()), **run.settings}.items()]
 
 
