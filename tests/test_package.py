@@ -2,6 +2,8 @@
 
 import email
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import fedpm_flwr
 
 from .installed import NOT_OURS, ROOT, build, install
 
@@ -115,3 +120,26 @@ def test_what_needs_an_extra_says_so(python: Path, tmp_path: Path) -> None:
         code: f"{package} is not installed; pip install 'fedpm-flwr[tasks]' brings it"
         for code, package in NEEDS.items()
     }
+
+
+def test_a_release_is_published_only_after_it_was_checked_and_installed() -> None:
+    workflow = yaml.load((ROOT / ".github/workflows/release.yml").read_text(), yaml.BaseLoader)
+    assert workflow["on"] == {"push": {"tags": ["v*"]}}
+    jobs = workflow["jobs"]
+    assert {name: job.get("needs") for name, job in jobs.items()} == {
+        "build": None,
+        "install": "build",
+        "publish": "install",
+    }
+    assert [name for name, job in jobs.items() if "id-token" in job["permissions"]] == ["publish"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    made = [command.removeprefix("make ") for command in commands if command.startswith("make ")]
+    assert made == ["check", "dist"]
+    assert set(made) <= set(targets)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    tag = {**os.environ, "PATH": path, "GITHUB_REF_NAME": f"v{fedpm_flwr.__version__}"}
+    (same,) = [command for command in commands if "GITHUB_REF_NAME" in command]
+    assert subprocess.run(["bash", "-c", same], cwd=ROOT, env=tag, check=False).returncode == 0
+    other = tag | {"GITHUB_REF_NAME": "v0.0.9"}
+    assert subprocess.run(["bash", "-c", same], cwd=ROOT, env=other, check=False).returncode == 1
