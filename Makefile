@@ -7,7 +7,7 @@ ARGS ?=
 # The suite on the newest Flower, beside the pinned one that the application needs for gRPC.
 NEWEST := .venv-newest-flwr
 
-.PHONY: help run deploy-demo compare results test test-faults test-newest-flwr check format clean
+.PHONY: help run deploy-demo compare results test test-faults test-newest-flwr check dist format clean
 
 help:
 	@echo "make run      train FedPM in Flower's simulation; ARGS='algorithm=localnewton alpha=1.0' for settings"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-faults  processes killed, stalled and brought back, disks full: about ten minutes"
 	@echo "make test-newest-flwr  the test suite on the newest Flower"
 	@echo "make check    format, lint, types, then the test suite"
+	@echo "make dist     the sdist and the wheel in dist/, checked"
 	@echo "make format   reformat the code"
 	@echo "make clean    remove the environments"
 
@@ -48,6 +49,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
+
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

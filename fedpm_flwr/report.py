@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import Config, ConfigError
+from .extras import needs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -204,7 +205,8 @@ def plot_curves(methods: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> N
     ``methods``: by label, the rows of one run per seed; lines are means, bands go from least to most.
     """
     # Without pyplot: a Figure of its own opens no window and leaves no global state.
-    from matplotlib.figure import Figure
+    with needs("tasks"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     panels = figure.subplots(1, 3)

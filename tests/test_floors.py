@@ -42,6 +42,7 @@ FLOORS = {
     "fedpm_flwr.mixing": 1,
     "fedpm_flwr.curvature": 0,
     "fedpm_flwr.privacy": 0,
+    "fedpm_flwr.extras": 0,
     "fedpm_flwr.config": 0,
     "fedpm_flwr": 0,
 }

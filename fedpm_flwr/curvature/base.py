@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import ClassVar, Self
+from typing import ClassVar, Self, get_type_hints
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ class Operator(ABC):
     @cache
     def part_names(cls) -> tuple[str, ...]:
         """The names of P's tensors."""
-        return tuple(field.name for field in dataclasses.fields(cls) if field.type is Tensor)
+        hints = get_type_hints(cls)  # not field.type, which is text in a file with annotations from __future__
+        return tuple(field.name for field in dataclasses.fields(cls) if hints[field.name] is Tensor)
 
     def parts(self) -> dict[str, Tensor]:
         """P's tensors by name."""

@@ -1,11 +1,12 @@
 """FOOF (Benzing 2022): each layer's gradient times the inverse second moment of its inputs."""
 
-from typing import Any
+from typing import Unpack
 
 from torch import nn
 
 from ..estimators import InputCovariance
 from .second_order import Params, SecondOrder
+from .shared import SharedWithDecay
 
 
 class FOOF(SecondOrder):
@@ -32,7 +33,7 @@ class FOOF(SecondOrder):
         inverse_interval: int = 10,
         max_factor_side: int = 8192,
         position_stride: int = 1,
-        **shared: Any,
+        **shared: Unpack[SharedWithDecay],
     ) -> None:
         if position_stride < 1:
             raise ValueError(f"position_stride must be >= 1, not {position_stride}")

@@ -1,11 +1,12 @@
 """K-FAC (Martens and Grosse 2015): each layer's gradient between the inverses of two factors."""
 
-from typing import Any
+from typing import Unpack
 
 from torch import nn
 
 from ..estimators import KroneckerFactors
 from .second_order import Params, SecondOrder
+from .shared import SharedWithDecay
 
 
 class KFAC(SecondOrder):
@@ -39,7 +40,7 @@ class KFAC(SecondOrder):
         max_factor_side: int = 8192,
         position_stride: int = 1,
         seed: int = 0,
-        **shared: Any,
+        **shared: Unpack[SharedWithDecay],
     ) -> None:
         if position_stride < 1:
             raise ValueError(f"position_stride must be >= 1, not {position_stride}")

@@ -1,11 +1,12 @@
 """LTDA (Sen et al., PReMI 2023): gradients divided by a diagonal from the Hessian's first row."""
 
-from typing import Any
+from typing import Unpack
 
 from torch import nn
 
 from ..estimators import FirstRow
 from .second_order import Params, SecondOrder
+from .shared import SharedWithDecay
 
 
 class LTDA(SecondOrder):
@@ -28,7 +29,7 @@ class LTDA(SecondOrder):
         ema: float = 0.0,
         refresh_interval: int = 1,
         inverse_interval: int = 1,
-        **shared: Any,
+        **shared: Unpack[SharedWithDecay],
     ) -> None:
         super().__init__(
             model,

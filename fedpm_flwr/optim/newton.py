@@ -1,11 +1,12 @@
 """Newton's method for small models, by the exact Hessian or Gauss-Newton matrix."""
 
-from typing import Any
+from typing import Unpack
 
 from torch import nn
 
 from ..estimators import ExactHessian
 from .second_order import Params, SecondOrder
+from .shared import SharedWithDecay
 
 
 class Newton(SecondOrder):
@@ -38,7 +39,7 @@ class Newton(SecondOrder):
         refresh_interval: int = 1,
         inverse_interval: int = 1,
         max_factor_side: int = 8192,
-        **shared: Any,
+        **shared: Unpack[SharedWithDecay],
     ) -> None:
         super().__init__(
             model,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..curvature import Block, Curvature, Diagonal, LayerCurvature
 from ..estimators import Estimator, GaussNewtonBartlett, Hutchinson
 from .second_order import Params, SecondOrder
+from .shared import Shared
 from .state import from_state, to_state
 
 ESTIMATORS = ("gnb", "hutchinson")
@@ -50,7 +51,7 @@ class Sophia(SecondOrder):
         refresh_interval: int = 10,
         weight_decay: float = 0.0,
         seed: int = 0,
-        **shared: Any,
+        **shared: Unpack[Shared],
     ) -> None:
         if not (gamma > 0 and eps > 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"gamma {gamma} and eps {eps} must be > 0, betas {betas} from 0 to below 1")

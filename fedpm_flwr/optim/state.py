@@ -7,7 +7,6 @@ import torch
 from ..curvature import KINDS, KroneckerBasis, Operator
 
 _KIND = "kind"
-_CLASSES: dict[str, type[Operator]] = {**KINDS, KroneckerBasis.kind: KroneckerBasis}
 
 
 def to_state(operator: Operator) -> dict[str, Any]:
@@ -18,7 +17,8 @@ def to_state(operator: Operator) -> dict[str, Any]:
 def from_state(state: dict[str, Any]) -> Operator:
     """The operator again."""
     parts = {name: part for name, part in state.items() if name != _KIND}
-    return _CLASSES[state[_KIND]](**parts)
+    kind: type[Operator] = KroneckerBasis if state[_KIND] == KroneckerBasis.kind else KINDS[state[_KIND]]
+    return kind(**parts)
 
 
 def restore(own: dict[str, Any], saved: dict[str, Any], device: torch.device) -> None:

@@ -6,6 +6,7 @@ from functools import lru_cache, partial
 
 import torch
 
+from ..extras import needs
 from . import files, vision
 from .examples import Split, hold_out, with_validation
 
@@ -34,7 +35,8 @@ def load_dataset(name: str, max_train_examples: int = 0, validation_share: float
 def _digits() -> Split:
     """scikit-learn's digits: 1,797 images 8 × 8 of 10 classes, scaled to 0 … 1."""
     # Here, not on top, and so in this package: each message of a deployment starts a process that imports anew.
-    from sklearn.datasets import load_digits
+    with needs("tasks"):
+        from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     inputs = torch.tensor(images / 16.0, dtype=torch.float32).reshape(-1, 1, 8, 8)
@@ -46,7 +48,8 @@ def _breast_cancer() -> Split:
 
     Features are standardised by the mean and deviation of the training examples.
     """
-    from sklearn.datasets import load_breast_cancer
+    with needs("tasks"):
+        from sklearn.datasets import load_breast_cancer
 
     features, labels = load_breast_cancer(return_X_y=True)
     inputs = torch.tensor(features, dtype=torch.float64)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..extras import needs
+
 _PADDING = 4
 """How far a crop may be moved, in pixels: as is usual for CIFAR."""
 
@@ -164,7 +166,8 @@ def _augmentation(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     if len(shape) != 3:
         raise DataError(f"augment=true is for images [channels, height, width], not inputs of shape {list(shape)}")
     # Here, not on top: torchvision takes a second to import.
-    from torchvision.transforms import v2
+    with needs("tasks"):
+        from torchvision.transforms import v2
 
     transform: Callable[[Tensor], Tensor] = v2.Compose(
         [v2.RandomCrop(shape[1:], padding=_PADDING), v2.RandomHorizontalFlip()]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..extras import needs
 from .examples import DataError, Examples, Split, hold_out, require_file
 from .folders import load_folder
 from .text import load_text
@@ -62,7 +63,8 @@ def load_libsvm(path: str) -> Split:
     Raises:
         DataError: naming the file and what is wrong with it.
     """
-    from sklearn.datasets import load_svmlight_file, load_svmlight_files
+    with needs("tasks"):
+        from sklearn.datasets import load_svmlight_file, load_svmlight_files
 
     require_file(path)
     whole = Path(path)

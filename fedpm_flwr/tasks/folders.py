@@ -7,6 +7,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 
+from ..extras import needs
 from .examples import DataError, Examples, Split
 
 _PARTS = ("train", "test")
@@ -39,9 +40,10 @@ def read_folder(path: str) -> tuple[Examples, tuple[str, ...]]:
         DataError: naming the folder or file and what is wrong with it.
     """
     # Here, not on top: torchvision takes a second to import.
-    from PIL import Image
-    from torchvision.datasets import ImageFolder
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+    with needs("tasks"):
+        from PIL import Image
+        from torchvision.datasets import ImageFolder
+        from torchvision.datasets.folder import IMG_EXTENSIONS
 
     if not Path(path).is_dir():
         raise DataError(f"{path}: there is no such folder on this machine")

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..extras import needs
 from .examples import DataError, require_file
 from .vit import PATCH, VisionTransformer
 
@@ -152,7 +153,8 @@ def _resnet18_gn(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """
     channels, _, _ = _image("resnet18-gn", input_shape, least=8)
     # Here, not on top: torchvision takes a second to import.
-    from torchvision.models import resnet18
+    with needs("tasks"):
+        from torchvision.models import resnet18
 
     model: nn.Module = resnet18(num_classes=classes, norm_layer=lambda width: nn.GroupNorm(_GROUPS, width))
     model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from ..config import Config
+from ..extras import needs
 from .datasets import load_dataset
 from .examples import Labels
 
@@ -31,8 +32,9 @@ def partition_indices(
         raise ValueError(f"{len(labels)} examples are too few for {num_partitions} clients")
     if partition == "contiguous":
         return [part.tolist() for part in np.array_split(np.arange(len(labels)), num_partitions)]
-    import datasets
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
+    with needs("tasks"):
+        import datasets
+        from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
 
     # The partitioners shuffle, so each example carries its own index along.
     order = np.random.default_rng(seed).permutation(len(labels))

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 
+from ..extras import needs
 from .examples import DataError, Examples, Split
 
 _CLASSES = {
@@ -25,7 +25,9 @@ def load_vision(name: str) -> Split:
         DataError: it is neither there nor can it be downloaded, or its files are damaged.
     """
     # Here, not on top: torchvision takes a second to import.
-    import torchvision
+    with needs("tasks"):
+        import torchvision
+        from filelock import FileLock
 
     root = Path(torch.hub.get_dir()).parent / "datasets"
     class_name, classes = _CLASSES[name]

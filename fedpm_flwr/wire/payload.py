@@ -34,7 +34,6 @@ _METADATA = "__metadata__"
 _DTYPES = {torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 _FRAME = 80
 """Bytes of a payload without layers, at most: its length, its metadata and what fills it up to a multiple of 8."""
-_KINDS = {name: kind for name, kind in KINDS.items() if kind is not Identity}
 _FIELDS: dict[str, tuple[type, ...]] = {
     "name": (str,),
     "parameters": (list,),
@@ -149,7 +148,7 @@ def decode(
     decoded_bytes = 0
     for index, entry in enumerate(entries):
         _check_entry(entry, shapes, seen)
-        kind = _KINDS[entry["kind"]]
+        kind = KINDS[entry["kind"]]
         side = kind.side(entry["shapes"])
         if side > max_side:
             raise PayloadError(f"{_where(entry)}: side {side}, more than the {max_side} allowed")
@@ -173,10 +172,15 @@ def decode(
         raise PayloadError(f"not a safetensors document: {error!r:.{_MAX_QUOTE}}") from error
 
 
+def _travelling() -> list[str]:
+    """Looked up each time: users add kinds of their own."""
+    return [name for name, kind in KINDS.items() if kind is not Identity]
+
+
 def _check_travels(layer: LayerCurvature) -> None:
     """Only parts travel: what else a curvature has, as a Kronecker product's weight, must be as it is made."""
     curvature = layer.curvature
-    if curvature.kind not in _KINDS or _rest(curvature) != _rest(type(curvature)(**curvature.parts())):
+    if curvature.kind not in _travelling() or _rest(curvature) != _rest(type(curvature)(**curvature.parts())):
         raise ValueError(f"layer {layer.block.name!r}: curvature of kind {curvature.kind!r} does not travel")
     if not all(part.numel() for part in curvature.parts().values()):
         raise ValueError(f"layer {layer.block.name!r}: curvature without a number does not travel")
@@ -227,13 +231,13 @@ def _check_entry(entry: Any, shapes: Mapping[str, Sequence[int]], seen: set[str]
             f"a layer's entry must have {', '.join(_FIELDS)}, each of its type; got {entry!r:.{_MAX_QUOTE}}"
         )
     where = _where(entry)
-    if entry["kind"] not in _KINDS:
-        raise PayloadError(f"{where}: unknown kind {entry['kind']!r:.{_MAX_QUOTE}}; allowed: {', '.join(_KINDS)}")
+    if entry["kind"] not in (kinds := _travelling()):
+        raise PayloadError(f"{where}: unknown kind {entry['kind']!r:.{_MAX_QUOTE}}; allowed: {', '.join(kinds)}")
     damping = _to_float(entry["damping"])
     if not (math.isfinite(damping) and damping >= 0):
         raise PayloadError(f"{where}: damping {damping} is not a finite number >= 0")
     _check_parameters(where, entry, shapes, seen)
-    parts, codecs = set(_KINDS[entry["kind"]].part_names()), entry["codecs"]
+    parts, codecs = set(KINDS[entry["kind"]].part_names()), entry["codecs"]
     if set(codecs) != parts or not all(isinstance(codec, str) for codec in codecs.values()):
         raise PayloadError(
             f"{where}: a curvature of kind {entry['kind']!r} has a codec for each of "
@@ -269,7 +273,7 @@ def _check_parameters(
 
 def _check_shapes(where: str, entry: dict[str, Any], rows: int, columns: int) -> None:
     """The curvature has the parts of its kind, of shapes that act on a matrix [rows, columns]."""
-    kind, found = _KINDS[entry["kind"]], entry["shapes"]
+    kind, found = KINDS[entry["kind"]], entry["shapes"]
     numbers = [n for shape in found.values() for n in (shape if isinstance(shape, list) else [None])]
     if set(found) != set(kind.part_names()) or any(type(n) is not int or n < 1 for n in numbers):
         raise PayloadError(
