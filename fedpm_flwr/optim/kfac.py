@@ -16,8 +16,9 @@ class KFAC(SecondOrder):
     parameter. ``KroneckerFactors`` says which layers, and what ``fisher`` means; all others take
     plain gradient steps.
 
+    ``model``, ``params`` and all that is not listed here are as for ``SecondOrder``.
+
     Args:
-        model, params, shared: as for ``SecondOrder``.
         fisher: ``sampled``, ``exact`` or ``empirical``.
         loss: ``cross-entropy`` or ``mse``: what is trained, as the mean over the batch.
         max_factor_side: layers with more inputs or outputs are stepped along their plain gradient.
