@@ -7,7 +7,10 @@ ARGS ?=
 # The suite on the newest Flower, beside the pinned one that the application needs for gRPC.
 NEWEST := .venv-newest-flwr
 
-.PHONY: help run deploy-demo compare results test test-faults test-newest-flwr check dist format clean
+# The site is made from the sources: a small environment, without PyTorch and Flower.
+DOCS := .venv-docs
+
+.PHONY: help run deploy-demo compare results test test-faults test-newest-flwr check docs dist format clean
 
 help:
 	@echo "make run      train FedPM in Flower's simulation; ARGS='algorithm=localnewton alpha=1.0' for settings"
@@ -18,9 +21,10 @@ help:
 	@echo "make test-faults  processes killed, stalled and brought back, disks full: about ten minutes"
 	@echo "make test-newest-flwr  the test suite on the newest Flower"
 	@echo "make check    format, lint, types, then the test suite"
+	@echo "make docs     the documentation as a site, in site/"
 	@echo "make dist     the sdist and the wheel in dist/, checked"
 	@echo "make format   reformat the code"
-	@echo "make clean    remove the environments"
+	@echo "make clean    remove the environments and the site"
 
 run: $(VENV)/.app
 	@$(BIN)/python -m scripts.simulate $(ARGS)
@@ -50,6 +54,10 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
+# Without Material's notice that it is looked after until May 2027.
+docs: $(DOCS)/.docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
 dist: $(VENV)/.dev
 	rm -rf dist
 	$(BIN)/python -m build
@@ -60,7 +68,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(NEWEST)
+	rm -rf $(VENV) $(NEWEST) $(DOCS) site
 
 # A virtual environment, in whichever folder.
 %/bin/python:
@@ -68,7 +76,7 @@ clean:
 	  { echo "fedpm-flwr needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $* || \
 	  { rm -rf $*; echo "no virtual environment: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
-	@echo "installing into $*; PyTorch is large, so this takes a few minutes"
+	@echo "installing into $*$(if $(filter $(DOCS),$*),,; PyTorch is large, so this takes a few minutes)"
 
 $(VENV)/.app: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[app]'
@@ -81,4 +89,12 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.app
 $(NEWEST)/.dev: pyproject.toml | $(NEWEST)/bin/python
 	$(NEWEST)/bin/python -m pip install --quiet --editable '.[app,dev]'
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade 'flwr[simulation]<2'
+	@touch $@
+
+# The extra's packages alone: with the library they would bring PyTorch.
+$(DOCS)/.docs: pyproject.toml | $(DOCS)/bin/python
+	$(DOCS)/bin/python -c 'import tomllib; \
+	  extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	  print(*extras["docs"], sep="\n")' > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet --requirement $(DOCS)/requirements.txt
 	@touch $@

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+__all__ = ["Config", "ConfigError", "check_codec", "describe", "parse_settings", "settings_table"]
+
 ALGORITHMS = (
     "fedpm",
     "fedpm-corrected",
@@ -250,8 +252,9 @@ class Config:
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     """``KEY=VALUE`` as typed on a command line, VALUE in TOML; what is none is text, since shells eat quotes.
 
-    >>> parse_settings(["alpha=0.5", "algorithm=fedavg"])
-    {'alpha': 0.5, 'algorithm': 'fedavg'}
+    Examples:
+        >>> parse_settings(["alpha=0.5", "algorithm=fedavg"])
+        {'alpha': 0.5, 'algorithm': 'fedavg'}
 
     Raises:
         ConfigError: a setting is not of this form.
@@ -268,11 +271,18 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     return values
 
 
+def settings_table() -> list[tuple[str, str, str, str]]:
+    """Of each setting its name, default (as JSON), allowed values and meaning."""
+    return [
+        (_key(row), json.dumps(row.default), _allowed(row), row.metadata["meaning"])
+        for row in dataclasses.fields(Config)
+    ]
+
+
 def describe() -> str:
     """One line a setting: name, default, allowed values, meaning."""
-    rows = dataclasses.fields(Config)
     return "\n".join(
-        f"{_key(row)} = {json.dumps(row.default)}  ({_allowed(row)}): {row.metadata['meaning']}" for row in rows
+        f"{key} = {default}  ({allowed}): {meaning}" for key, default, allowed, meaning in settings_table()
     )
 
 

@@ -43,7 +43,7 @@ class Guarded(FedAvg):
     Args:
         min_replies: usable training replies without which a round fails.
         max_failed_rounds: after so many failed rounds in a row, ``FailedRoundsError`` is raised.
-        strategy: what the guarded strategy takes.
+        **strategy: what the guarded strategy takes.
 
     Raises:
         ValueError: naming the argument and what is allowed.

@@ -22,14 +22,20 @@ from .state import ClientState
 from .wire import encode, in_names, own_copies
 
 ARRAYS = "arrays"
+"""The record of the model, in requests and replies."""
 CONFIG = "config"
+"""The record of settings in a request."""
 METRICS = "metrics"
+"""The record of numbers in a reply."""
 CURVATURE = "curvature"
+"""The record of curvature in a training reply."""
 EXTRA = "extra"
 """Further tensors of a method, as control variates, beside the model: in requests and replies."""
 
 NUM_EXAMPLES = "num-examples"
+"""A metric: nᵢ, how many examples the client trained or evaluated on."""
 SERVER_ROUND = "server-round"
+"""In the request's config: the round, from 1."""
 CURVATURE_CODEC = "curvature-codec"
 """In the request's config: the codec that curvature shall travel in; absent: send none."""
 EXPERIMENT = "experiment"
@@ -44,27 +50,34 @@ FORM = "form"
 PHASE = "phase"
 """In the request's config, where a round has several exchanges: which one; absent: ``TRAIN``."""
 TRAIN = "train"
+"""The phase of local training."""
 GRADIENT = "gradient"
 """The phase in which clients are asked for ∇fᵢ(θ) alone, and the name of that tensor."""
 PAYLOAD = "payload"
+"""In the records of curvature and of further tensors: their bytes."""
 VERSION = "version"
 """Beside the payload: the version of this library that made it."""
 DIVERGED = "diverged"
 """A metric: not 0 where the client's training diverged (``training.FitResult``)."""
 
 PARTITION_ID = "partition-id"
+"""In a node's configuration: its partition, from 0."""
 NUM_PARTITIONS = "num-partitions"
+"""In a node's configuration: how many partitions there are."""
 STATE_FOLDER = "state-folder"
 """In a node's configuration, or else in the run's: an absolute folder."""
 PARTITION_QUERY = "query.partition"
+"""The type of the messages that ask a node for its partition."""
 PARTITION_ACTION = "partition"
+"""The name under which a ClientApp answers them: ``@app.query(PARTITION_ACTION)``."""
 
 
 @runtime_checkable
 class Preconditioned(Protocol):
     """An optimizer that says by what it preconditioned."""
 
-    def preconditioners(self) -> list[LayerCurvature]: ...
+    def preconditioners(self) -> list[LayerCurvature]:
+        """P of each layer that has one, with the damping it was stepped by."""
 
 
 def asked_codec(message: Message) -> str | None:

@@ -17,6 +17,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """How PyTorch names what BatchNorm measures: no parameters, and a variance that was stepped may be negative."""
 
 Aggregate = tuple[ArrayRecord | None, MetricRecord | None]
+"""What Flower's ``aggregate_train`` gives."""
 
 
 class _Mixed(FedAvg):
@@ -55,9 +56,7 @@ class _Stepped(Remembering, FedPM):
 class FedPMAvgM(_Stepped, FedAvgM, _Mixed):
     """FedPM with momentum: v⁺ = μ v + η_s (Σ wᵢPᵢ)⁻¹ Σ wᵢPᵢ (θᵢ − θ), θ⁺ = θ + v⁺.
 
-    Args:
-        server_momentum: μ; 0, the default: FedPM itself.
-        strategy: what ``FedPM`` takes.
+    The arguments are ``FedPM``'s, and ``server_momentum``: μ; 0, the default: FedPM itself.
     """
 
     memory = ("current_arrays", "momentum_vector")
@@ -66,9 +65,8 @@ class FedPMAvgM(_Stepped, FedAvgM, _Mixed):
 class FedPMAdam(_Stepped, FedAdam, _Mixed):
     """FedPM with Adam on the server, by Δ = η_s (Σ wᵢPᵢ)⁻¹ Σ wᵢPᵢ (θᵢ − θ), as Flower's FedAdam has it.
 
-    Args:
-        eta, beta_1, beta_2, tau: as for ``flwr.serverapp.strategy.FedAdam``.
-        strategy: what ``FedPM`` takes.
+    The arguments are ``FedPM``'s, and ``eta``, ``beta_1``, ``beta_2`` and ``tau`` as for
+    ``flwr.serverapp.strategy.FedAdam``.
     """
 
     memory = ("m_t", "v_t")

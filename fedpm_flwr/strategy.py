@@ -58,7 +58,7 @@ class FedPM(Guarded):
         state_folder: where the clients' cᵢ are kept during a run; by default the system's temporary folder. Under
             ``Checkpointed`` they are with the checkpoints instead.
         max_payload_bytes: replies with more bytes of curvature are left out unread.
-        strategy: what ``Guarded`` and ``flwr.serverapp.strategy.FedAvg`` take.
+        **strategy: what ``Guarded`` and ``flwr.serverapp.strategy.FedAvg`` take.
 
     Raises:
         ValueError: naming the argument and what is allowed.

@@ -7,7 +7,9 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_OURS = shutil.ignore_patterns(".venv*", ".git", "runs", "*_cache", ".hypothesis", "__pycache__", "dist")
+NOT_OURS = shutil.ignore_patterns(
+    ".venv*", ".git", "runs", "*_cache", ".hypothesis", "__pycache__", "dist", "site"
+)
 EXTRAS = ("datasets", "flwr_datasets", "matplotlib", "psutil", "ray", "sklearn", "tensorboard", "torchvision")
 """Modules that only fedpm-flwr's extras bring."""
 

@@ -59,7 +59,7 @@ def test_the_wheel_asks_for_the_library_s_dependencies_alone(built: tuple[Path, 
     metadata = email.message_from_bytes(wheel.read(name))
     needed = [text for text in metadata.get_all("Requires-Dist", []) if "extra ==" not in text]
     assert sorted(text.split(">")[0].split("<")[0] for text in needed) == ["flwr", "numpy", "safetensors", "torch"]
-    assert set(metadata.get_all("Provides-Extra", [])) == {"app", "dev", "tasks", "tensorboard"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"app", "dev", "docs", "tasks", "tensorboard"}
     assert metadata["Requires-Python"] == ">=3.11"
 
 

@@ -42,8 +42,9 @@ def matrix_shape(shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
     Parameters that share their first dimension stand side by side: [out, …], [out], … -> [out,
     columns]. Others, as those of a whole model, make one row.
 
-    >>> matrix_shape([(3, 2), (3,)]), matrix_shape([(3, 2), (4,)])
-    ((3, 3), (1, 10))
+    Examples:
+        >>> matrix_shape([(3, 2), (3,)]), matrix_shape([(3, 2), (4,)])
+        ((3, 3), (1, 10))
     """
     rows = {shape[0] if len(shape) else 1 for shape in shapes}
     size = sum(math.prod(shape) for shape in shapes)
@@ -57,8 +58,9 @@ def to_matrix(tensors: Sequence[Tensor]) -> Tensor:
 
     A weight [out, in] with its bias [out] becomes [out, in + 1], the bias last.
 
-    >>> to_matrix([torch.tensor([[1.0, 2.0]]), torch.tensor([3.0])])
-    tensor([[1., 2., 3.]])
+    Examples:
+        >>> to_matrix([torch.tensor([[1.0, 2.0]]), torch.tensor([3.0])])
+        tensor([[1., 2., 3.]])
     """
     rows, _ = matrix_shape([tensor.shape for tensor in tensors])
     parts = [tensor.reshape(rows, -1) for tensor in tensors]

@@ -9,6 +9,7 @@ from ..curvature import Block, Curvature, Dense, to_matrix, weighted_sum
 from .blocks import derivatives, model_block
 
 MATRICES = ("hessian", "ggn")
+"""What ``ExactHessian`` can measure: the Hessian, the Gauss-Newton matrix."""
 _ROWS_AT_A_TIME = 256
 
 

@@ -14,6 +14,7 @@ from .layers import CONVOLUTIONS, Layer
 from .likelihood import as_logits, check_loss, exact_gradients, sampled_gradient
 
 FISHERS = ("exact", "sampled", "empirical")
+"""Whose gradients the left factor is of (``KroneckerFactors``)."""
 
 
 class KroneckerFactors:
@@ -31,13 +32,14 @@ class KroneckerFactors:
     it needs that loss to be the plain mean over the batch (not scaled by a GradScaler, not divided
     by a number of accumulation steps).
 
+    What is not listed here is as for ``InputCovariance``.
+
     Args:
         model: hooks are put on it and its layers until ``detach`` is called.
         fisher: one of ``FISHERS``.
         loss: ``cross-entropy`` or ``mse``, the mean over the batch, as torch's functions of these
             names; of no matter for ``empirical``.
         max_side: layers with more inputs or outputs than this are left out.
-        parameters, position_stride, stacklevel: as for ``InputCovariance``.
         seed: of the drawn targets.
 
     Raises:

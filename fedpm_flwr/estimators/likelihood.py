@@ -13,6 +13,7 @@ from torch import Tensor
 from ..curvature.linalg import at_least_float32
 
 LOSSES = ("cross-entropy", "mse")
+"""As torch's functions of these names, the mean over the batch."""
 
 
 def check_loss(loss: str) -> str:

@@ -15,8 +15,9 @@ class FOOF(SecondOrder):
     W and its gradient g are [out, in(+1)], the bias as last column. λ has the unit of a squared
     activation. ``InputCovariance`` says which layers; all others take plain gradient steps.
 
+    ``model``, ``params`` and all that is not listed here are as for ``SecondOrder``.
+
     Args:
-        model, params, shared: as for ``SecondOrder``.
         max_factor_side: layers with more inputs are stepped along their plain gradient.
         position_stride: s: A is measured at every s-th position only, of an image in each direction.
     """

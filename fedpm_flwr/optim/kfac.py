@@ -16,8 +16,9 @@ class KFAC(SecondOrder):
     parameter. ``KroneckerFactors`` says which layers, and what ``fisher`` means; all others take
     plain gradient steps.
 
+    ``model``, ``params`` and all that is not listed here are as for ``SecondOrder``.
+
     Args:
-        model, params, shared: as for ``SecondOrder``.
         fisher: ``sampled``, ``exact`` or ``empirical``: the last takes gradients as ``backward`` makes them, which
             must be of the mean loss, neither scaled nor one of several that add up.
         loss: ``cross-entropy`` or ``mse``: what is trained, as the mean over the batch.

@@ -15,8 +15,7 @@ class LTDA(SecondOrder):
     Call ``measure(loss)`` before ``loss.backward()``. ``estimators.FirstRow`` says what of this the
     source gives, and what is inferred.
 
-    Args:
-        model, params, shared: as for ``SecondOrder``.
+    The arguments are those of ``SecondOrder``.
     """
 
     def __init__(

@@ -17,8 +17,9 @@ class Newton(SecondOrder):
     With η = 1, λ = 0, a single local step on all of the client's data, FedPM takes the Newton step of
     the global loss.
 
+    ``model``, ``params`` and all that is not listed here are as for ``SecondOrder``.
+
     Args:
-        model, params, shared: as for ``SecondOrder``.
         matrix: ``hessian``, or ``ggn``: the Gauss-Newton matrix, never indefinite for a convex loss.
         max_factor_side: the largest number of parameters.
     """

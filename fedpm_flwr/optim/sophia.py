@@ -24,8 +24,10 @@ class Sophia(SecondOrder):
     and ĥ keeps its sign. The P that it tells for mixing is ``preconditioners``'; steps are clipped, and so
     not exactly by that P, wherefore a ``codec`` has no effect on them.
 
+    ``model``, ``params`` and all that is not listed here are as for ``SecondOrder``; ``clip`` and
+    ``momentum`` come on top of Sophia's own.
+
     Args:
-        model, params, shared: as for ``SecondOrder``; ``clip`` and ``momentum`` come on top of Sophia's own.
         betas: β₁, β₂.
         gamma: γ > 0: the larger, the fewer entries are clipped.
         eps: ε > 0, the least γh.

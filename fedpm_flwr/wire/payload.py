@@ -21,6 +21,7 @@ from .layout import prefixed, without_prefix
 from .packed import Packed, entry_of, layout, named
 
 FORMAT_VERSION = 1
+"""Of the bytes: another one is refused."""
 METADATA_KEY = "fedpm"
 DEFAULT_SHARE = 0.05
 """Of the parameters' bytes, what ``codec="auto"`` may spend."""
