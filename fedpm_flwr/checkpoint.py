@@ -155,7 +155,7 @@ def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         return {"float": repr(value)}
     if isinstance(value, Tensor):
         return {"tensor": _stored(value, place, tensors)}
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):  # numpy makes the latter of arrays without dimensions
         return {"array": _stored(torch.from_numpy(np.array(value)), place, tensors)}
     if isinstance(value, bytes):
         return {"bytes": _stored(torch.from_numpy(np.frombuffer(value, np.uint8).copy()), place, tensors)}

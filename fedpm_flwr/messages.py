@@ -19,7 +19,7 @@ from . import __version__
 from .curvature import LayerCurvature
 from .privacy import refuse_differential_privacy
 from .state import ClientState
-from .wire import encode, own_copies
+from .wire import encode, in_names, own_copies
 
 ARRAYS = "arrays"
 CONFIG = "config"
@@ -133,15 +133,25 @@ def tensors_record(tensors: Mapping[str, Tensor]) -> ConfigRecord:
 def curvature_record(optimizer: Preconditioned, request: Message) -> ConfigRecord:
     """What the optimizer preconditioned by, as the request wants it; empty if it wants none.
 
+    The layers have the names of the request's arrays (``wire.in_names``); one that is not among them, as of
+    a part of the model that stays with the client, is left out.
+
     Raises:
+        TypeError: the optimizer does not say by what it preconditioned, as those of ``fedpm_flwr.optim`` do.
         ValueError: the server asks for a codec that this version does not know; or the ClientApp has one of
-            Flower's mods for differential privacy.
+            Flower's mods for differential privacy; or the arrays are not those of the optimizer's model.
     """
     codec = asked_codec(request)
     if codec is None:
         return ConfigRecord()
     refuse_differential_privacy()
-    payload = encode(optimizer.preconditioners(), codec, _as_meta(request))
+    if not isinstance(optimizer, Preconditioned):
+        raise TypeError(
+            f"{type(optimizer).__name__} has no curvature to send: take an optimizer of fedpm_flwr.optim "
+            "itself, not what wraps it; or leave the record out, and the client is averaged"
+        )
+    arrays = _as_meta(request)
+    payload = encode(in_names(optimizer.preconditioners(), arrays), codec, arrays)
     return ConfigRecord({PAYLOAD: payload, VERSION: __version__})
 
 

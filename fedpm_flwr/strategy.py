@@ -93,7 +93,7 @@ class FedPM(Guarded):
         if not 0 <= low <= high:
             raise ValueError(f"damping_bounds must be 0 <= low <= high, not {damping_bounds}")
         check_codec(codec)
-        self.server_learning_rate = server_learning_rate
+        self.step_length = server_learning_rate  # of the mixing; Flower's FedAvgM has a server_learning_rate too
         self.codec = codec
         self.weighting = weighting
         self.damping_bounds = damping_bounds
@@ -110,7 +110,7 @@ class FedPM(Guarded):
         """Log the settings, FedAvg's and then our own."""
         super().summary()
         _log.info("\t└──> Preconditioned mixing:")
-        _log.info("\t\t├── Server learning rate: %g", self.server_learning_rate)
+        _log.info("\t\t├── Server learning rate: %g", self.step_length)
         _log.info("\t\t├── Weighting: %s", self.weighting)
         _log.info("\t\t├── Correction: %s", self.correction)
         _log.info("\t\t├── Device: %s", self.device)
@@ -167,7 +167,7 @@ class FedPM(Guarded):
             contents.append(RecordDict({**reply.content.metric_records}))
             curved = curved or bool(update.layers)
             del reply, update  # else they are still in memory while the next ones are read
-        mixed = ArrayRecord(mixer.result(self.server_learning_rate))
+        mixed = ArrayRecord(mixer.result(self.step_length))
         _log.info("aggregate_train: Mixed %d results", len(contents))
         if not curved:
             _log.warning("%sround %d: no reply held curvature; models are averaged", PREFIX, server_round)

@@ -129,7 +129,7 @@ def test_settings_reach_the_server_and_the_clients(tmp_path: Path, monkeypatch: 
     config = Config(server_learning_rate=0.7, weighting="uniform", codec="triangle-float64", fraction_train=0.4)
     strategy = get_algorithm("fedpm").strategy(config)
     assert isinstance(strategy, FedPM)
-    assert (strategy.server_learning_rate, strategy.weighting, strategy.codec, strategy.fraction_train) == (
+    assert (strategy.step_length, strategy.weighting, strategy.codec, strategy.fraction_train) == (
         0.7,
         "uniform",
         "triangle-float64",

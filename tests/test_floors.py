@@ -14,6 +14,7 @@ FLOORS = {
     "server_app": 10,
     "fedpm_flwr.algorithms": 9,
     "fedpm_flwr.inline": 9,
+    "fedpm_flwr.server_optimizers": 9,
     "fedpm_flwr.rivals": 8,
     "fedpm_flwr.method": 7,
     "fedpm_flwr.corrected": 8,

@@ -12,14 +12,22 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
+    Bulyan,
     DifferentialPrivacyClientSideAdaptiveClipping,
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideAdaptiveClipping,
     DifferentialPrivacyServerSideFixedClipping,
+    FedAdagrad,
     FedAdam,
     FedAvg,
+    FedAvgM,
     FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    FedYogi,
     Krum,
+    MultiKrum,
+    QFedAvg,
     Strategy,
 )
 from torch import Tensor, nn
@@ -110,6 +118,10 @@ BROKEN: dict[str, tuple[Breaking, str]] = {
     "infinite examples": (lambda m, a: reply_with(m, a, {"num-examples": float("inf")}), "'num-examples' is inf"),
     "two records": (two_array_records, "2 ArrayRecords"),
     "no metrics": (lambda m, a: Message(RecordDict({"arrays": a}), reply_to=m), "0 MetricRecords"),
+    "two metrics records": (
+        lambda m, a: reply_with(m, a, {"num-examples": 5}, more=MetricRecord({"num-examples": 5})),
+        "2 MetricRecords",
+    ),
     "missing array": (
         lambda m, a: reply_with(m, ArrayRecord({"weight": Array(a["weight"].numpy())}), {"num-examples": 5}),
         "missing or extra: bias",
@@ -282,6 +294,21 @@ def test_each_round_mixes_against_the_model_that_it_sent() -> None:
         torch.testing.assert_close(following, before + 0.5 * (after - before))
 
 
+def test_further_config_records_are_no_matter() -> None:
+    app, good = ClientApp(), good_client()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        reply = good(message, context)
+        reply.content["mine"] = ConfigRecord({"payload": b"1", "note": "hello"})
+        reply.content["another"] = ConfigRecord()
+        return reply
+
+    found, expected = (federate(client, FedPM(), make_model(), 3).arrays for client in (app, good))
+    for key, value in expected.to_torch_state_dict().items():
+        torch.testing.assert_close(found.to_torch_state_dict()[key], value)
+
+
 def test_metrics_that_only_some_clients_have_are_left_out() -> None:
     client = filling_client(
         lambda i: {"num-examples": 1, "loss": float(i), **({"extra": 4.0} if i else {}), "odd": [1.0] * (i + 1)}
@@ -319,7 +346,23 @@ def test_a_payload_over_the_limit_is_left_out(caplog: pytest.LogCaptureFixture) 
     assert caplog.text.count("more than the 10 allowed") == 2
 
 
-@pytest.mark.parametrize("make", [FedAvg, FedAdam, FedMedian, Krum])
+STOCK: list[Callable[[], Strategy]] = [
+    FedAvg,
+    FedAvgM,
+    FedAdam,
+    FedAdagrad,
+    FedYogi,
+    FedProx,
+    FedMedian,
+    FedTrimmedAvg,
+    Krum,
+    MultiKrum,
+    Bulyan,
+    partial(QFedAvg, client_learning_rate=0.5, train_loss_key="loss"),
+]
+
+
+@pytest.mark.parametrize("make", STOCK)
 def test_fedpm_clients_under_stock_strategies_send_no_curvature(make: Callable[[], Strategy]) -> None:
     seen: list[RecordDict] = []
     app, good = ClientApp(), good_client()

@@ -1,9 +1,11 @@
 """Blocks for curvature that does not go by layers: each parameter for itself, or the whole model."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..curvature import Block
 from .hooks import unwrapped
@@ -32,3 +34,14 @@ def model_block(model: nn.Module, parameters: Iterable[nn.Parameter] | None) -> 
     names = named_trainable(model, parameters)
     copies = tuple(sorted((alias, first) for first, *others in names.values() for alias in others))
     return Block("model", tuple(first for first, *_ in names.values()), copies), list(names)
+
+
+def derivatives(
+    functions: Tensor, parameters: Sequence[nn.Parameter], directions: Tensor | None = None, **options: Any
+) -> list[Tensor | None]:
+    """``torch.autograd.grad``; None for parameters that are frozen by now, or that no function depends on."""
+    open_ones = [p for p in parameters if p.requires_grad]
+    if not open_ones:
+        return [None] * len(parameters)
+    found = iter(torch.autograd.grad(functions, open_ones, directions, allow_unused=True, **options))
+    return [next(found) if p.requires_grad else None for p in parameters]

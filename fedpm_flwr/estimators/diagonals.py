@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature import Block, Curvature, Diagonal, to_matrix, weighted_sum
-from .blocks import parameter_blocks
+from .blocks import derivatives, parameter_blocks
 from .hooks import Handles, Hook, unwrapped
 from .likelihood import as_logits, check_loss, sampled_gradient
 
@@ -87,9 +87,7 @@ class GaussNewtonBartlett(_Diagonals):
             self._generator = torch.Generator(logits.device).manual_seed(self._seed)
         direction = sampled_gradient(logits.detach(), self._loss, self._generator) / examples
         with torch.autocast(logits.device.type, enabled=False):
-            gradients = torch.autograd.grad(
-                logits, list(due.values()), direction, retain_graph=True, allow_unused=True
-            )
+            gradients = derivatives(logits, list(due.values()), direction, retain_graph=True)
         self._add(
             {
                 block: examples * gradient.to(logits.dtype).square()
@@ -175,7 +173,7 @@ class FirstRow(_Diagonals):
 
 
 def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-    found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    found = derivatives(loss, parameters, create_graph=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
@@ -185,7 +183,7 @@ def _products(gradients: list[Tensor], parameters: list[nn.Parameter], vectors: 
     assert isinstance(total, Tensor)
     if not total.requires_grad:  # a loss that is linear in all parameters
         return [torch.zeros_like(p) for p in parameters]
-    found = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+    found = derivatives(total, parameters, retain_graph=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature import Block, Curvature, Dense, to_matrix, weighted_sum
-from .blocks import model_block
+from .blocks import derivatives, model_block
 
 MATRICES = ("hessian", "ggn")
 _ROWS_AT_A_TIME = 256
@@ -64,7 +64,7 @@ class ExactHessian:
         if not self.recording:
             return
         if self._matrix == "hessian":
-            flat = self._flat(torch.autograd.grad(loss, self._parameters, create_graph=True, allow_unused=True))
+            flat = self._flat(derivatives(loss, self._parameters, create_graph=True))
             matrix = self._rows(flat)
         else:
             if not isinstance(outputs, Tensor):
@@ -100,9 +100,7 @@ class ExactHessian:
         return torch.cat([self._chunk(functions, some) for some in torch.split(unit, _ROWS_AT_A_TIME)])
 
     def _chunk(self, functions: Tensor, directions: Tensor) -> Tensor:
-        parts = torch.autograd.grad(
-            functions, self._parameters, directions, retain_graph=True, is_grads_batched=True, allow_unused=True
-        )
+        parts = derivatives(functions, self._parameters, directions, retain_graph=True, is_grads_batched=True)
         wide = [
             functions.new_zeros(len(directions), *p.shape) if part is None else part
             for part, p in zip(parts, self._parameters, strict=True)

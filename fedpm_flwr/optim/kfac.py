@@ -18,7 +18,8 @@ class KFAC(SecondOrder):
 
     Args:
         model, params, shared: as for ``SecondOrder``.
-        fisher: ``sampled``, ``exact`` or ``empirical``.
+        fisher: ``sampled``, ``exact`` or ``empirical``: the last takes gradients as ``backward`` makes them, which
+            must be of the mean loss, neither scaled nor one of several that add up.
         loss: ``cross-entropy`` or ``mse``: what is trained, as the mean over the batch.
         max_factor_side: layers with more inputs or outputs are stepped along their plain gradient.
         position_stride: s: A is measured at every s-th position only, of an image in each direction.

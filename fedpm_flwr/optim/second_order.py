@@ -22,6 +22,7 @@ from ..curvature import (
 from ..estimators import Estimator, absolute
 from ..estimators.hooks import unwrapped
 from ..wire import is_exact, pack_layers
+from .checks import check_model
 from .inversion import CALLS_FROM_STEP, are_finite, invert
 from .state import from_state, restore, to_state
 
@@ -96,6 +97,7 @@ class SecondOrder(torch.optim.Optimizer):
             raise ValueError(f"intervals must be >= 1, not {refresh_interval} and {inverse_interval}")
         if not (0 <= ema <= 1 and clip >= 0):
             raise ValueError(f"ema must be between 0 and 1, not {ema}, and clip >= 0, not {clip}")
+        check_model(model, type(self).__name__)
         model = unwrapped(model)
         defaults = {
             "lr": lr,
@@ -106,12 +108,6 @@ class SecondOrder(torch.optim.Optimizer):
             "step": 0,
         }
         super().__init__(model.parameters() if params is None else params, defaults)
-        for group in self.param_groups:
-            own = group.pop("plain_lr")
-            group["plain_lr_scale"] = 1.0 if own is None or not group["lr"] else own / group["lr"]
-            checked = ("lr", "plain_lr_scale", "damping", "momentum", "weight_decay")
-            if not all(group[key] >= 0 for key in checked):
-                raise ValueError(f"{', '.join(f'{key} {group[key]}' for key in checked)}: all must be >= 0")
         self._relative, self._decoupled, self._clip = relative_damping, decoupled_weight_decay, clip
         self._ema, self._refresh, self._inverse = ema, refresh_interval, inverse_interval
         if codec:
@@ -126,7 +122,23 @@ class SecondOrder(torch.optim.Optimizer):
         self._parameters = dict(model.named_parameters())
         self._estimator = estimator([p for group in self.param_groups for p in group["params"]])
         self._unmeasured: set[Block] = set()
+        self._known = {p for group in self.param_groups for p in group["params"] if p.requires_grad}
         self._schedule()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of any optimizer; what is added later has no curvature, and takes plain gradient steps.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["step"] = self._steps()
+        own = group.pop("plain_lr")
+        group["plain_lr_scale"] = 1.0 if own is None or not group["lr"] else own / group["lr"]
+        checked = ("lr", "plain_lr_scale", "damping", "momentum", "weight_decay")
+        if not all(group[key] >= 0 for key in checked):
+            raise ValueError(f"{', '.join(f'{key} {group[key]}' for key in checked)}: all must be >= 0")
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -276,6 +288,7 @@ class SecondOrder(torch.optim.Optimizer):
     def _updates(self, groups: dict[nn.Parameter, dict[str, Any]]) -> dict[nn.Parameter, Tensor]:
         """What each parameter is to be moved by, but for its learning rate: P⁻¹g, or g."""
         gradients = {p: self._gradient(p, group) for p, group in groups.items() if p.grad is not None}
+        self._name_late(gradients)
         updates: dict[nn.Parameter, Tensor] = {}
         for block in self._estimator.blocks:
             owned = [self._parameters[key] for key in block.parameters]
@@ -319,6 +332,16 @@ class SecondOrder(torch.optim.Optimizer):
                 stacklevel=CALLS_FROM_STEP + 1,
             )
         return measured
+
+    def _name_late(self, gradients: Collection[nn.Parameter]) -> None:
+        late = [p for p in gradients if p not in self._known]
+        if late:
+            self._known.update(late)
+            warnings.warn(
+                f"{len(late)} parameters were frozen or not there when the optimizer was made: they take plain "
+                "gradient steps, and are averaged",
+                stacklevel=CALLS_FROM_STEP + 1,
+            )
 
     def _steps(self) -> int:
         return int(self.param_groups[0]["step"])

@@ -1,8 +1,19 @@
 """P to bytes and back (docs/wire-format.md)."""
 
 from .compression import is_exact
+from .names import in_names
 from .packed import Packed
 from .payload import FORMAT_VERSION, PayloadError, decode, encode, pack_layers
 from .tensors import own_copies
 
-__all__ = ["FORMAT_VERSION", "Packed", "PayloadError", "decode", "encode", "is_exact", "own_copies", "pack_layers"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Packed",
+    "PayloadError",
+    "decode",
+    "encode",
+    "in_names",
+    "is_exact",
+    "own_copies",
+    "pack_layers",
+]
