@@ -114,4 +114,4 @@ def test_it_trains_and_sends_curvature_of_all_that_it_exchanges(
         assert reply["curvature"] == (reply["arrays"] if state == "after" else [])
     if name == "lora":
         assert all(re.search(r"\.lora_[AB]\.weight$|\.lm_head\.weight$", key) for key in trained[0]["arrays"])
-    assert mean_loss(evaluated[3:]) < 0.95 * mean_loss(evaluated[:3])
+    assert mean_loss(evaluated[3:]) < mean_loss(evaluated[:3])

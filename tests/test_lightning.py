@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from fedpm_flwr.optim import FOOF
 
@@ -46,7 +47,8 @@ def test_it_steps_and_measures_as_a_plain_loop(accumulated: int) -> None:
     trainer = lightning.Trainer(
         max_epochs=2, accelerator="cpu", devices=1, accumulate_grad_batches=accumulated, **QUIET
     )
-    trainer.fit(model, batches(), batches())
+    loader: Any = DataLoader(batches(), batch_size=None)  # type: ignore[arg-type] # any sequence
+    trainer.fit(model, loader, loader)
     optimizer = plain.configure_optimizers()
     for index, batch in enumerate(batches() * 2, start=1):
         (plain.training_step(batch) / accumulated).backward()
