@@ -10,7 +10,7 @@ NEWEST := .venv-newest-flwr
 # The site is made from the sources: a small environment, without PyTorch and Flower.
 DOCS := .venv-docs
 
-.PHONY: help run deploy-demo compare results test test-faults test-newest-flwr check docs dist format clean
+.PHONY: help run deploy-demo compare results test test-examples test-faults test-newest-flwr check docs dist format clean
 
 help:
 	@echo "make run      train FedPM in Flower's simulation; ARGS='algorithm=localnewton alpha=1.0' for settings"
@@ -18,6 +18,7 @@ help:
 	@echo "make compare  FedAvg, LocalNewton and FedPM side by side; ARGS='algorithms=fedavg,fedpm seeds=3' for others"
 	@echo "make results  tables and pictures of docs/results.md and README.md, from the runs in benchmarks/results"
 	@echo "make test     the test suite"
+	@echo "make test-examples  the apps in examples/, with Lightning, transformers and PEFT"
 	@echo "make test-faults  processes killed, stalled and brought back, disks full: about ten minutes"
 	@echo "make test-newest-flwr  the test suite on the newest Flower"
 	@echo "make check    format, lint, types, then the test suite"
@@ -40,6 +41,9 @@ results: $(VENV)/.app
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-examples: $(VENV)/.examples
+	$(BIN)/python -m pytest tests/test_examples.py tests/test_lightning.py $(ARGS)
 
 test-faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -m faults -n 2 --dist load -v --durations=0 tests/deployment $(ARGS)
@@ -84,6 +88,10 @@ $(VENV)/.app: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.app
 	$(BIN)/python -m pip install --quiet --editable '.[app,dev]'
+	@touch $@
+
+$(VENV)/.examples: pyproject.toml | $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[examples]'
 	@touch $@
 
 $(NEWEST)/.dev: pyproject.toml | $(NEWEST)/bin/python

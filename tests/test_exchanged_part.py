@@ -224,6 +224,19 @@ def test_what_is_not_sent_is_said() -> None:
         assert [found.block.parameters for found in in_names([layer("a"), layer("b")], "a")] == [("a",)]
 
 
+def test_adapters_have_the_names_that_peft_sends_them_under() -> None:
+    """Without the default adapter's own; in no other layer is a name with ``default`` in it touched."""
+    sent = ["q.lora_A.weight", "q.lora_B.weight", "head.weight", "q.default.weight"]
+    inside = ["q.lora_A.default.weight", "q.lora_B.default.weight", "head.modules_to_save.default.weight", sent[3]]
+    found = in_names([layer(name) for name in inside], sent)
+    assert [one.block.parameters for one in found] == [(name,) for name in sent]
+    with pytest.warns(UserWarning, match="no curvature is sent of 'q.lora_A.other.weight', 'b.default.weight'"):
+        assert (
+            len(in_names(map(layer, ["q.lora_A.other.weight", "b.default.weight", sent[0]]), [*sent, "b.weight"]))
+            == 1
+        )
+
+
 @pytest.mark.parametrize("only", ["adapters", "whole model"])
 def test_adapters_beside_a_frozen_model(only: str, caplog: pytest.LogCaptureFixture) -> None:
     """LoRA: what is frozen has no curvature, whether it is exchanged or not; adapters are mixed alike."""

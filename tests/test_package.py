@@ -21,7 +21,14 @@ from .installed import NOT_OURS, ROOT, build, install
 SOURCES = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fedpm_flwr").rglob("*.py")} | {
     "fedpm_flwr/py.typed"
 }
-JUNK = ("notes.txt", "data/train.npz", "runs/1/model.safetensors", "benchmarks/results/mine.jsonl", "keys/ca.key")
+JUNK = (
+    "notes.txt",
+    "data/train.npz",
+    "examples/data/digits/train.parquet",
+    "runs/1/model.safetensors",
+    "benchmarks/results/mine.jsonl",
+    "keys/ca.key",
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,8 @@ def test_the_wheel_asks_for_the_library_s_dependencies_alone(built: tuple[Path, 
     metadata = email.message_from_bytes(wheel.read(name))
     needed = [text for text in metadata.get_all("Requires-Dist", []) if "extra ==" not in text]
     assert sorted(text.split(">")[0].split("<")[0] for text in needed) == ["flwr", "numpy", "safetensors", "torch"]
-    assert set(metadata.get_all("Provides-Extra", [])) == {"app", "dev", "docs", "tasks", "tensorboard"}
+    extras = {"app", "dev", "docs", "examples", "tasks", "tensorboard"}
+    assert set(metadata.get_all("Provides-Extra", [])) == extras
     assert metadata["Requires-Python"] == ">=3.11"
 
 
@@ -67,6 +75,11 @@ def test_the_sdist_holds_what_building_and_testing_take(built: tuple[Path, Path]
     with tarfile.open(built[0]) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames()}
     assert names >= SOURCES | {"pyproject.toml", "README.md", "LICENSE", "client_app.py", "tests/conftest.py"}
+    assert names >= {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "examples").rglob("*")
+        if path.suffix in (".py", ".toml")
+    }
     assert names.isdisjoint(JUNK)
     assert not any(name.startswith("benchmarks/results/") for name in names)
     assert built[0].stat().st_size < 1_500_000

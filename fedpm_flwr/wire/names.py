@@ -1,5 +1,6 @@
 """Curvature under the names of the arrays that are exchanged: of a part of the model, or of a wrapped one."""
 
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
@@ -8,13 +9,15 @@ from ..curvature import Block, LayerCurvature
 
 _COMPILED, _WRAPPED = "_orig_mod.", "module."
 """What ``torch.compile`` puts before the names of what it compiles, and ``DataParallel`` before all names."""
+_ADAPTER = re.compile(r"(?<=\.)(?:(lora_[AB])\.default|modules_to_save\.default)\.")
+"""The default adapter in PEFT's names, as ``get_peft_model_state_dict`` leaves it out of the names it returns."""
 _MOST_NAMED = 3
 _CALLS_FROM_REPLY = 3
 """From here by way of ``curvature_record`` to who calls that."""
 
 
 def in_names(layers: Iterable[LayerCurvature], names: Collection[str]) -> list[LayerCurvature]:
-    """The layers with these names for their parameters: the same, or the same without wrappers' prefixes.
+    """The layers with these names for their parameters: the same but for what wrappers, and PEFT, put in them.
 
     A layer none of whose parameters is among them is left out, with a warning that names it. Of tied
     parameters one name is enough.
@@ -72,7 +75,7 @@ def _bare(name: str) -> str:
     name = name.replace(_COMPILED, "")
     while name.startswith(_WRAPPED):
         name = name.removeprefix(_WRAPPED)
-    return name
+    return _ADAPTER.sub(lambda found: f"{found[1]}." if found[1] else "", name)
 
 
 def _few(names: Iterable[str]) -> str:
