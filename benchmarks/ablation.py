@@ -3,8 +3,8 @@
     python -m benchmarks.ablation --data FOLDER [--datasets cifar10] [--seeds 3]
 
 Runs are those of a trial of ``benchmarks.tune``: as many images and rounds, a fifth of the images held out and
-tested on, the test set not looked at; their seeds are 100, 101, … They are kept in --store, and none that is there
-is run again.
+tested on, the test set not looked at; their seeds are 110, 111, …, which tuning does not use. They are kept in
+--store, and none that is there is run again.
 
 Columns: the variant, and which setting it changes; accuracy_mean and _std, on held-out images, mean of the last
 three rounds, over seeds; minus_tuned_mean and _std, that minus the tuned settings' with the same seed, in points.
@@ -24,11 +24,23 @@ from fedpm_flwr.report import PREFIX
 from scripts.processes import exit_on_signals
 
 from .arguments import make_parser
-from .experiments import DATASETS, NODES, RESULTS, Version, located, tuned
-from .runs import Run, Store, data_of, run_missing, settings_of
+from .experiments import (
+    DATASETS,
+    NODES,
+    RESULTS,
+    TRIAL_IMAGES,
+    TRIAL_ROUNDS,
+    TRIAL_SEED,
+    VALIDATION_SHARE,
+    Version,
+    located,
+    tuned,
+)
+from .runs import Run, Store, data_of, run_missing, settings_of, trial_accuracy
 from .table import Row, publish, rounded
-from .tune import IMAGES, ROUNDS, SEED, VALIDATION_SHARE, accuracy_of
 
+SEED = TRIAL_SEED + 10
+"""The first: none by which settings were chosen."""
 TUNED = "as tuned"
 VARIANTS: Mapping[str, Mapping[str, Value]] = {
     TUNED: {},
@@ -45,6 +57,8 @@ VARIANTS: Mapping[str, Mapping[str, Value]] = {
     "a server step of 1.3": {"server-learning-rate": 1.3},
 }
 """What is changed: ``damping`` by this factor, all else to this value."""
+
+_SIZE = ("max-train-examples", "num-server-rounds")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,8 +84,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with cifar10.npz, cifar100.npz; default: torchvision's")
     parser.add_argument("--datasets", default="cifar10", help=f"of {', '.join(DATASETS)} (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help=f"{SEED}, … (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=IMAGES, help="0: all (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
+    parser.add_argument("--images", type=int, default=TRIAL_IMAGES, help="0: all (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=TRIAL_ROUNDS, help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     parser.add_argument("--store", type=Path, help="default: benchmarks/results/ablation-DATASET.jsonl")
     given = parser.parse_args(arguments)
@@ -104,33 +118,37 @@ def config_of(dataset: str, variant: str, version: Version, seed: int, folder: P
 
 
 def rows_of(runs: Iterable[Run]) -> list[Row]:
-    """One row a variant, of those of its runs whose seed the tuned settings were run with too."""
-    by_seed: dict[str, dict[Value, Run]] = {name: {} for name in VARIANTS}
+    """One row a variant, data set and size: its runs whose seed the tuned settings were run with too."""
+    groups: dict[tuple[Value, ...], dict[str, dict[Value, Run]]] = {}
     for run in runs:
         name = variant_of(run)
         if name is not None:
-            by_seed[name][run.settings["seed"]] = run
-    base = by_seed[TUNED]
-    pairs = {
-        name: [(run, base[seed]) for seed, run in own.items() if seed in base] for name, own in by_seed.items()
-    }
-    return [_row(name, own) for name, own in pairs.items() if own]
+            size = (data_of(run), *(run.settings[key] for key in _SIZE), run.nodes)
+            groups.setdefault(size, {name: {} for name in VARIANTS})[name][run.settings["seed"]] = run
+    rows = []
+    for variants in groups.values():
+        base = variants[TUNED]
+        for name, own in variants.items():
+            pairs = [(run, base[seed]) for seed, run in own.items() if seed in base]
+            rows += [_row(name, pairs)] if pairs else []
+    return rows
 
 
 def variant_of(run: Run) -> str | None:
     """Which of ``VARIANTS`` of the settings that are now tuned a run is of, wherever its data were read."""
-    of_a_run = ("dataset", "seed", "max-train-examples", "num-server-rounds")
+    if data_of(run) not in DATASETS:
+        return None
     then = {**settings_of(Config()), **run.settings}
     for name in VARIANTS:
         now = settings_of(config_of(data_of(run), name, Version(), SEED))
-        if all(then[key] == now[key] for key in now if key not in of_a_run):
+        if all(then[key] == now[key] for key in now if key not in ("dataset", "seed", *_SIZE)):
             return name
     return None
 
 
 def _row(variant: str, pairs: Sequence[tuple[Run, Run]]) -> Row:
-    own = [accuracy_of(run) for run, _ in pairs]
-    minus = [100 * (accuracy_of(run) - accuracy_of(base)) for run, base in pairs]
+    own = [trial_accuracy(run) for run, _ in pairs]
+    minus = [100 * (trial_accuracy(run) - trial_accuracy(base)) for run, base in pairs]
     several = len(pairs) > 1
     return {
         "dataset": data_of(pairs[0][0]),

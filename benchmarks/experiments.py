@@ -18,6 +18,8 @@ NODES = 10
 ALPHAS = (1.0, 0.1)
 TUNED_AT = 0.1
 """α of the partition that methods are tuned on."""
+VALIDATION_SHARE, TRIAL_IMAGES, TRIAL_ROUNDS, TRIAL_SEED = 0.2, 5_000, 6, 100
+"""Of a trial of ``benchmarks.tune``; the held-out images are the same for all seeds."""
 _SHARED: Mapping[str, Value] = {
     "num-server-rounds": 100,
     "min-available-nodes": NODES,

@@ -23,8 +23,10 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
 
     methods: dict[str, list[Run]] = {}
     for run in runs:
+        failed = sum(bool(other.failure) for other in runs if method_of(other) == method_of(run))
         if not run.failure:
-            methods.setdefault(method_of(run), []).append(run)
+            name = f"{method_of(run)}, but {failed} failed" if failed else method_of(run)
+            methods.setdefault(name, []).append(run)
     figure = Figure(figsize=(14, 4), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, len(_AXES), sharey=True), _AXES, strict=True):
         axes.set_prop_cycle(color=[colormaps["tab20"](number) for number in (*range(0, 20, 2), *range(1, 20, 2))])

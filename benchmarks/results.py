@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from fedpm_flwr.config import Config, ConfigError
+from fedpm_flwr.config import Config, ConfigError, Value
 from fedpm_flwr.report import PREFIX
 
 from . import ablation
@@ -96,7 +96,7 @@ def compared(runs: Iterable[Run]) -> dict[Case, list[Run]]:
 
 
 def sweeps_of(cases: Mapping[Case, Sequence[Run]]) -> list[Sweep]:
-    """Those whose cases are all there, with two methods at least that no run of failed."""
+    """Those whose cases are all there, with a seed and two methods in common that no run of failed."""
     found = {}
     for case in cases:
         for kind, vary in SWEEPS.items():
@@ -107,12 +107,16 @@ def sweeps_of(cases: Mapping[Case, Sequence[Run]]) -> list[Sweep]:
             methods = [
                 method
                 for method in METHODS
-                if method not in failed
-                and all(any(method_of(run) == method for run in cases[one]) for one in swept)
+                if method not in failed and all(_seeds(cases[one], method) for one in swept)
             ]
-            if len(methods) > 1:
+            seeds = [_seeds(cases[one], method) for one in swept for method in methods]
+            if len(methods) > 1 and set.intersection(*seeds):
                 found[kind, swept] = Sweep(kind, swept, tuple(methods))
     return sorted(found.values(), key=lambda sweep: (tuple(SWEEPS).index(sweep.kind), sweep_name(sweep)))
+
+
+def _seeds(runs: Iterable[Run], method: str) -> set[Value]:
+    return {run.settings["seed"] for run in runs if method_of(run) == method}
 
 
 def sections_of(runs: Iterable[Run]) -> tuple[dict[Case, list[Run]], list[Sweep]]:

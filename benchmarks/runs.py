@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from fedpm_flwr.config import Config, Value
 from fedpm_flwr.report import PREFIX
 
 from .machine import machine
+from .table import rounded
 
 Rounds = list[dict[str, float]]
 Ended = Callable[[Config, Rounds | str], object]
@@ -40,13 +42,15 @@ _COLUMNS = (
     "test-accuracy", "test-loss", "train-loss", "clients", "local-steps", "uplink-bytes", "seconds", "cpu-seconds",
 )  # fmt: skip
 _DIGITS = 6
+_LAST = 3
+"""Rounds whose accuracies a trial is judged by."""
 
 
 def run_all(configs: Sequence[Config], nodes: int, jobs: int, ended: Ended | None = None) -> dict[str, Rounds]:
     """The rounds of each run that succeeded, by its output folder; says why the others did not.
 
     To what the report tells of a round, ``cpu-seconds`` is added: the time that the process has computed in all,
-    which other runs beside it do not change, in equal parts to the rounds. ``ended`` is not told of a run that was
+    which other runs beside it change little, in equal parts to the rounds. ``ended`` is not told of a run that was
     killed, or broke off for another reason than that its rounds failed.
     """
     done: dict[str, Rounds] = {}
@@ -220,9 +224,17 @@ def data_of(run: Run) -> str:
     return Path(str(run.settings["dataset"]).rpartition(":")[2]).stem
 
 
+def trial_accuracy(run: Run) -> float:
+    """What a trial of ``benchmarks.tune`` is judged by: the mean over the last rounds; 0 if it failed."""
+    if run.failure:
+        return 0.0
+    return rounded(statistics.fmean(row["test-accuracy"] for row in run.rounds[1:][-_LAST:]))
+
+
 def provenance() -> dict[str, Any]:
     """Which code, on what, by which command, when."""
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    # Runs that are kept are tracked files, and no change of the code.
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
     return {
         "commit": _git("rev-parse", "--short=12", "HEAD") + ("+changes" if status else ""),
         "flwr": importlib.metadata.version("flwr"),
@@ -241,7 +253,7 @@ def _git(*arguments: str) -> str:
 
 def _parsed(line: str, place: str) -> Run:
     try:
-        document = json.loads(line, object_hook=None)
+        document = json.loads(line)
         columns: dict[str, list[float | None]] = document["rounds"]
         count = len(columns[_COLUMNS[0]])
         rounds = [

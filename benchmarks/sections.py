@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from fedpm_flwr.config import Value
+
 from . import ablation
 from .experiments import NODES, Version
 from .runs import Run
@@ -110,7 +112,7 @@ def sweep_section(sweep: Sweep, runs: Sequence[Run]) -> str:
         }
         for method, columns in accuracies.items()
     ]
-    own = [run for run in runs if case_of(run) in sweep.cases and method_of(run) in sweep.methods]
+    own = _runs_of(sweep, runs)
     picture = f"![Test accuracy](images/{sweep_name(sweep)}.png)"
     title = f"### {_TITLES[first.dataset]}: {_SWEPT[sweep.kind]}"
     return "\n".join(
@@ -119,13 +121,24 @@ def sweep_section(sweep: Sweep, runs: Sequence[Run]) -> str:
 
 
 def accuracies_of(sweep: Sweep, runs: Iterable[Run]) -> dict[str, list[list[float]]]:
-    """By method, and by what was varied: the last test accuracy of each seed."""
-    accuracies: dict[str, list[list[float]]] = {method: [[] for _ in sweep.cases] for method in sweep.methods}
-    for run in runs:
-        if case_of(run) in sweep.cases and method_of(run) in sweep.methods:
-            place = sweep.cases.index(case_of(run))
-            accuracies[method_of(run)][place].append(run.rounds[-1]["test-accuracy"])
-    return accuracies
+    """By method, and by what was varied: the last test accuracies, over the same seeds."""
+    own = _runs_of(sweep, runs)
+
+    def accuracies(method: str, case: Case) -> list[float]:
+        found = [run for run in own if (method_of(run), case_of(run)) == (method, case)]
+        return [run.rounds[-1]["test-accuracy"] for run in found]
+
+    return {method: [accuracies(method, case) for case in sweep.cases] for method in sweep.methods}
+
+
+def _runs_of(sweep: Sweep, runs: Iterable[Run]) -> list[Run]:
+    """With the seeds that all its methods were run with in all its cases."""
+    own = [run for run in runs if case_of(run) in sweep.cases and method_of(run) in sweep.methods]
+    seeds: dict[tuple[str, Case], set[Value]] = {}
+    for run in own:
+        seeds.setdefault((method_of(run), case_of(run)), set()).add(run.settings["seed"])
+    common = set.intersection(*seeds.values())
+    return [run for run in own if run.settings["seed"] in common]
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str:
@@ -134,7 +147,8 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def _version(version: Version) -> str:
-    return f"{_images(version)}, {version.rounds} rounds of {version.epochs} local epochs"
+    epochs = f"{version.epochs} local epoch{'s' if version.epochs > 1 else ''}"
+    return f"{_images(version)}, {version.rounds} rounds of {epochs}"
 
 
 def _images(version: Version) -> str:
@@ -162,7 +176,9 @@ def _name(row: Row) -> str:
 def _accuracy(row: Row) -> str:
     mean, deviation = row["accuracy_mean"], row.get("accuracy_std")
     if not isinstance(mean, float):
-        return f"{row['failed']} of {row['seeds']} runs failed"
+        others = row.get("accuracy_of_others")
+        told = f", the others {others:.3f}" if isinstance(others, float) else ""
+        return f"{row['failed']} of {row['seeds']} runs failed{told}"
     return f"{mean:.3f} ± {deviation:.3f}" if isinstance(deviation, float) else f"{mean:.3f}"
 
 

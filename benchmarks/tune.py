@@ -7,8 +7,8 @@ fifth is held out (``validation-share``; the same for all trials and methods), f
 the seed --seed, which the tables do not use. The test set is not looked at. What counts is the mean accuracy on
 the held-out images after the last three rounds; a run that fails counts as 0. The first trial of a method is where
 the literature or earlier runs would begin (``SPACES``), the others are optuna's TPE's, seeded. The best
---finalists of all trials are run again with the next --more-seeds seeds, other partitions and other images held
-out, and the best mean over all these seeds wins: a search by one seed finds settings that suit that seed.
+--finalists of all trials are run again with the next --more-seeds seeds, and so other partitions and initial
+models, and the best mean over all these seeds wins: a search by one seed finds settings that suit that seed.
 
 All trials are kept in --store, and none that is there is run again: a search that was broken off goes on.
 Finalists are the best of all that are kept, of earlier searches in other spaces too. The settings that win go to
@@ -35,13 +35,24 @@ from fedpm_flwr.config import Config, ConfigError, Value
 from scripts.processes import exit_on_signals
 
 from .arguments import make_parser
-from .experiments import ALGORITHMS, CONFIGS, DATASETS, NODES, RESULTS, Version, base, configs_file, located
-from .runs import Run, Store, in_threads, run_missing, settings_of
+from .experiments import (
+    ALGORITHMS,
+    CONFIGS,
+    DATASETS,
+    NODES,
+    RESULTS,
+    TRIAL_IMAGES,
+    TRIAL_ROUNDS,
+    TRIAL_SEED,
+    VALIDATION_SHARE,
+    Version,
+    base,
+    configs_file,
+    located,
+)
+from .runs import Run, Store, in_threads, run_missing, settings_of, trial_accuracy
 from .table import Row, publish, rounded
 
-VALIDATION_SHARE = 0.2
-IMAGES, ROUNDS, SEED = 5_000, 6, 100
-_LAST = 3
 _DIGITS = 3
 
 
@@ -115,9 +126,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--trials", type=int, default=10, help="of each method; 0: begin only (default: %(default)s)"
     )
-    parser.add_argument("--images", type=int, default=IMAGES, help="0: all (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=SEED, help="of runs and search (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=TRIAL_IMAGES, help="0: all (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=TRIAL_ROUNDS, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=TRIAL_SEED, help="of runs and search (default: %(default)s)")
     parser.add_argument("--finalists", type=int, default=3, help="that are run again (default: %(default)s)")
     parser.add_argument("--more-seeds", type=int, default=2, help="that they are run with (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
@@ -163,7 +174,7 @@ def search(given: argparse.Namespace, store: Store, dataset: str, algorithm: str
     for _ in range(given.trials):
         trial = study.ask(dict(space.of))
         (run,) = run_missing(store, [config_of(given, dataset, algorithm, _rounded(trial.params))], NODES, 1)
-        study.tell(trial, accuracy_of(run))
+        study.tell(trial, trial_accuracy(run))
     trials = trials_of(store, config_of(given, dataset, algorithm, {}))
     winner, accuracy = final(given, store, dataset, algorithm, trials)
     found = {key: winner.settings[key] for key in space.of}
@@ -181,7 +192,7 @@ def search(given: argparse.Namespace, store: Store, dataset: str, algorithm: str
         "trials": len(trials),
         "failed": sum(bool(run.failure) for run in trials),
         "accuracy": accuracy or None,
-        "best": max(map(accuracy_of, trials)),
+        "best": max(map(trial_accuracy, trials)),
         "first": study.trials[0].value,
         **found,
     }
@@ -191,14 +202,14 @@ def final(
     given: argparse.Namespace, store: Store, dataset: str, algorithm: str, trials: Sequence[Run]
 ) -> tuple[Run, float]:
     """The trial that wins, and its mean accuracy over seeds."""
-    finalists = sorted(trials, key=accuracy_of, reverse=True)[: given.finalists]
+    finalists = sorted(trials, key=trial_accuracy, reverse=True)[: given.finalists]
     means = []
     for trial in finalists:
         settings = {key: trial.settings[key] for key in searched() if key in trial.settings}
         config = config_of(given, dataset, algorithm, settings)
         again = [replace(config, seed=given.seed + number) for number in range(1, given.more_seeds + 1)]
         runs = [trial, *run_missing(store, again, NODES, 1)]
-        means.append(rounded(statistics.fmean(map(accuracy_of, runs))))
+        means.append(rounded(statistics.fmean(map(trial_accuracy, runs))))
     best = max(range(len(finalists)), key=means.__getitem__)
     return finalists[best], means[best]
 
@@ -225,13 +236,6 @@ def config_of(given: argparse.Namespace, dataset: str, algorithm: str, settings:
         )
     except ConfigError as error:
         raise SystemExit(f"{algorithm}: {error}") from error
-
-
-def accuracy_of(run: Run) -> float:
-    """What a trial is judged by."""
-    if run.failure:
-        return 0.0
-    return rounded(statistics.fmean(row["test-accuracy"] for row in run.rounds[1:][-_LAST:]))
 
 
 def write(path: Path, comment: str, dataset: str, algorithm: str, found: Mapping[str, Value]) -> None:

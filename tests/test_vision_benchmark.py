@@ -1,6 +1,8 @@
 """The benchmarks of the paper's table, in their smallest versions, end to end."""
 
 import json
+import subprocess
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from benchmarks import ablation, results, tune, vision
 from benchmarks.experiments import ALGORITHMS, CONFIGS, METHODS, PAPER, RESULTS, Version, tuned
-from benchmarks.runs import Run, Store, settings_of
+from benchmarks.runs import Run, Store, settings_of, trial_accuracy
 from benchmarks.vision import VERSIONS, Case, pick_version
 from fedpm_flwr.algorithms import settings_without_effect
 from fedpm_flwr.config import Config
@@ -89,6 +91,8 @@ def test_a_small_sweep_and_its_section(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"(images/{picture.name})" in blocks["sweeps"]
     assert picture.stat().st_size > 5_000
     assert results.make_blocks([run for run in runs if run.settings["num-server-rounds"] != 2])["sweeps"] == ""
+    again = [replace(run, settings={**run.settings, "seed": 1}) for run in runs[:5]]
+    assert results.make_blocks([*runs, *again])["sweeps"] == blocks["sweeps"], "only seeds that all have count"
 
 
 def test_a_budget_is_kept_by_the_smallest_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,13 +110,13 @@ def test_a_budget_is_kept_by_the_smallest_version(tmp_path: Path, capsys: pytest
 def test_an_ablation_changes_one_thing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = ablation.config_of("cifar10", ablation.TUNED, Version(), 100)
+    base = ablation.config_of("cifar10", ablation.TUNED, Version(), 110)
     for name, changed in ablation.VARIANTS.items():
-        config = ablation.config_of("cifar10", name, Version(), 100)
+        config = ablation.config_of("cifar10", name, Version(), 110)
         assert settings_without_effect(replace(config, optimizer="foof")) == []
         before, after = base.to_run_config(), config.to_run_config()
         assert {key for key in after if after[key] != before[key]} == set(changed), name
-        assert (config.validation_share, config.seed) == (0.2, 100)
+        assert (config.validation_share, config.seed) == (0.2, 110)
     few = (ablation.TUNED, "clients weigh alike")
     monkeypatch.setattr(ablation, "VARIANTS", {name: ablation.VARIANTS[name] for name in few})
     write_data(tmp_path, "cifar10", 10)
@@ -122,14 +126,19 @@ def test_an_ablation_changes_one_thing(
     as_tuned, alike = rows_of(capsys)
     assert (as_tuned["variant"], as_tuned["settings"], as_tuned["minus_tuned_mean"]) == (few[0], None, 0.0)
     assert (alike["variant"], alike["settings"]) == (few[1], "weighting=uniform")
-    kept = results.load_ablation(tmp_path)
+    kept = sorted(results.load_ablation(tmp_path), key=lambda run: str(run.settings["weighting"]))
     assert [ablation.variant_of(run) for run in kept] == list(few)
-    one, other = (tune.accuracy_of(run) for run in kept)
+    one, other = (trial_accuracy(run) for run in kept)
     assert alike["minus_tuned_mean"] == pytest.approx(100 * (other - one), abs=0.01)
     assert "| clients weigh alike | `weighting=uniform` |" in results.make_blocks([], kept)["ablation"]
     # A run without one as tuned by the same seed has nothing to be compared with.
-    stray = replace(kept[1], settings={**kept[1].settings, "seed": 101})
+    stray = replace(kept[1], settings={**kept[1].settings, "seed": 111})
     assert ablation.rows_of([*kept, stray]) == [as_tuned, alike]
+    # Nor is one of another size compared with these.
+    larger = replace(kept[0], settings={**kept[0].settings, "max-train-examples": 200})
+    assert ablation.rows_of([*kept, larger])[:2] == [as_tuned, alike]
+    assert ablation.rows_of([kept[1], larger]) == ablation.rows_of([larger])
+    assert ablation.variant_of(replace(kept[0], settings={**kept[0].settings, "dataset": "digits"})) is None
 
 
 def test_cifar100_is_resnet18_with_a_hundred_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +162,7 @@ def test_a_search_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFix
     (row,) = rows_of(capsys)
     runs = Store(tmp_path / "s.jsonl").runs
     assert [run.settings["seed"] for run in runs] == [100, 100, 101, 101]
-    values = {(run.settings["learning-rate"], run.settings["seed"]): tune.accuracy_of(run) for run in runs}
+    values = {(run.settings["learning-rate"], run.settings["seed"]): trial_accuracy(run) for run in runs}
     means = {rate: (values[rate, 100] + values[rate, 101]) / 2 for rate, _ in values}
     assert len(means) == 2
     assert row["accuracy"] == pytest.approx(max(means.values()), abs=1e-4)
@@ -195,6 +204,19 @@ def test_the_settings_of_each_method_are_there_and_all_have_an_effect(algorithm:
     assert settings_without_effect(config) == []
     assert set(tune.SPACES[algorithm].first) == set(tune.SPACES[algorithm].of)
     assert (CONFIGS / f"cifar10-{algorithm}.toml").read_text().startswith("# Expected: accuracy 0.")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_what_is_not_tuned_is_where_a_search_would_begin(algorithm: str, tmp_path: Path) -> None:
+    given = ["--datasets", "cifar100", "--methods", algorithm, "--trials", "0", "--configs", str(tmp_path)]
+    assert tune.main(given) == 0
+    (written,) = tmp_path.iterdir()
+    assert (CONFIGS / written.name).read_text() == written.read_text()
+
+
+def test_pages_are_made_without_the_library_that_searches() -> None:
+    code = "import sys; sys.modules['optuna'] = None; import benchmarks.results, benchmarks.vision"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=results.ROOT)
 
 
 def test_every_method_of_the_paper_is_a_row() -> None:
@@ -271,6 +293,7 @@ def test_a_row_tells_what_is_bought_for_fedavgs_bytes_and_seconds() -> None:
     assert fedpm["accuracy_std"] is None
     with_failure = [*runs, replace(run("fedpm", 1, [], 0, 0), failure="failed: it diverged")]
     assert [row["accuracy_mean"] for row in vision.rows_of(with_failure)] == [0.3, None]
+    assert "| 1 of 2 runs failed, the others 0.400 |" in results.make_blocks(with_failure)["vision"]
 
 
 def test_pages_are_made_from_runs(tmp_path: Path) -> None:
@@ -281,8 +304,8 @@ def test_pages_are_made_from_runs(tmp_path: Path) -> None:
     ]
     text = results.make_blocks(runs)["vision"]
     assert "| `fedpm`  | 0.410 ± 0.014 | 2     |" in text
-    assert "the first 100 images, 2 rounds of 1 local epochs, 10 clients" in text
-    assert "the first 100 images, 2 rounds of 1 local epochs" in results.make_blocks(runs)["headline"]
+    assert "the first 100 images, 2 rounds of 1 local epoch, 10 clients" in text
+    assert "the first 100 images, 2 rounds of 1 local epoch" in results.make_blocks(runs)["headline"]
     results.draw(runs, tmp_path)
     (picture,) = tmp_path.iterdir()
     assert picture.stat().st_size > 10_000
