@@ -43,8 +43,10 @@ def difference(name: str, *files: Path) -> tuple[list[str], list[str]]:
     """The lines that are in the one app only, and those that are in the other only."""
     old, new = list[str](), list[str]()
     for file in files:
-        texts = [(EXAMPLES / name / state / file).read_text().splitlines() for state in ("before", "after")]
-        for line in difflib.ndiff(*texts):
+        before, after = (
+            (EXAMPLES / name / state / file).read_text().splitlines() for state in ("before", "after")
+        )
+        for line in difflib.ndiff(before, after):
             if line.startswith(("- ", "+ ")):
                 (old if line[0] == "-" else new).append(line[2:])
     return old, new
@@ -83,7 +85,7 @@ def replies_of(name: str, state: str, data: Path, folder: Path) -> list[dict[str
     """Two rounds of three clients, in a process of its own, since all apps of a name have the same modules."""
     path = data / ("python.txt" if name == "lora" else "digits")
     config = json.dumps({"data-path": str(path), "num-server-rounds": 2})
-    command = [sys.executable, ROOT / "tests" / "run_app.py", EXAMPLES / name / state, config]
+    command = [sys.executable, str(ROOT / "tests" / "run_app.py"), str(EXAMPLES / name / state), config]
     offline = {"HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=folder, env={**os.environ, **offline}, capture_output=True, text=True, check=False
@@ -97,7 +99,7 @@ def replies_of(name: str, state: str, data: Path, folder: Path) -> list[dict[str
 def mean_loss(replies: list[dict[str, Any]]) -> float:
     weights = [reply["metrics"]["num-examples"] for reply in replies]
     losses = [reply["metrics"]["eval_loss"] for reply in replies]
-    return sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+    return float(sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights))
 
 
 @pytest.mark.parametrize(("name", "state"), APPS)

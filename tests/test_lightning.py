@@ -12,9 +12,10 @@ from fedpm_flwr.optim import FOOF
 
 lightning = pytest.importorskip("lightning", reason="lightning not installed; make test-examples installs it")
 QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+Base: Any = lightning.LightningModule
 
 
-class Module(lightning.LightningModule):  # type: ignore[misc] # unknown where it is not installed
+class Module(Base):  # type: ignore[misc] # unknown where it is not installed
     """One that keeps what Lightning calls its optimizer in the meantime."""
 
     def __init__(self) -> None:
