@@ -12,7 +12,6 @@ from fedpm_flwr.optim import FOOF
 
 lightning = pytest.importorskip("lightning", reason="lightning not installed; make test-examples installs it")
 QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-Base: Any = lightning.LightningModule
 
 
 _Base: Any = lightning.LightningModule
