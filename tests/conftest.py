@@ -1,5 +1,7 @@
 """Settings of the whole suite."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -15,3 +17,8 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file first: each goes to one core whole, and what is left at the end has the other one idle."""
     items.sort(key=lambda item: not item.nodeid.startswith("tests/test_simulation.py"))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: about half of the suite's time is waiting for processes."""
+    return (os.cpu_count() or 1) + 1
