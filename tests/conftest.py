@@ -1,7 +1,5 @@
 """Settings of the whole suite."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import settings
@@ -10,6 +8,9 @@ from hypothesis import settings
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
+# A page of a user's: importing it adds a kind of curvature.
+collect_ignore = ["uses.py"]
+
 # Tests compute little, many times over: a second thread costs more than it brings.
 torch.set_num_threads(1)
 
@@ -17,8 +18,3 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file first: each goes to one core whole, and what is left at the end has the other one idle."""
     items.sort(key=lambda item: not item.nodeid.startswith("tests/test_simulation.py"))
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: about half of the suite's time is waiting for processes."""
-    return (os.cpu_count() or 1) + 1

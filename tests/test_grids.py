@@ -172,11 +172,11 @@ def test_replies_larger_than_what_is_read_ahead() -> None:
 def test_a_first_node_that_is_silent_does_not_hide_when_the_others_replied(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    slow = Slow(InlineGrid(reply_app(4), 3, {}, seed=3), {0: 2.0})
+    slow = Slow(InlineGrid(reply_app(4), 3, {}, seed=3), {0: 6.0})
     with caplog.at_level(logging.DEBUG, "flwr"):
         assert len(list(StreamingGrid(slow).send_and_receive(requests(slow)))) == 3
     after = [float(found) for found in re.findall(r"bytes, ([\d.]+) s after the request", caplog.text)]
-    assert max(after[:2]) < 1.5 <= after[2]
+    assert max(after[:2]) < 5 <= after[2]
 
 
 def test_an_error_that_comes_first_does_not_open_the_window() -> None:

@@ -97,6 +97,7 @@ def test_clients_that_raise_have_no_data_or_send_too_much(tmp_path: Path) -> Non
     check_same_model(tmp_path / "run", expected)
 
 
+@pytest.mark.faults
 def test_a_run_that_is_stopped_leaves_its_last_good_model_and_is_taken_up(tmp_path: Path) -> None:
     settings = {**CORRECTED, "num_server_rounds": 2}
     expected = run_in_one_process(tmp_path / "inline", NODES, **settings)
