@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fedpm_flwr.config import settings_table  # noqa: E402
+from fedpm_flwr.config import settings_table  # noqa: E402  # only found by the line above
 
 DOCS = "docs/"
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import flwr.clientapp
-import flwr.serverapp  # noqa: F401
+import flwr.serverapp  # noqa: F401  # as a user's program has it, before anything is compared
 import numpy as np
 import torch
 
