@@ -19,11 +19,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedpm_flwr.config import Config, ConfigError, Value
+from fedpm_flwr.config import Config, Value
 from fedpm_flwr.report import PREFIX
 from scripts.processes import exit_on_signals
 
-from .arguments import make_parser
+from .arguments import add_data, check_least, make_parser, split_names
 from .experiments import (
     DATASETS,
     NODES,
@@ -67,12 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     try:
         for dataset in given.datasets:
-            store = Store(given.store or store_of(dataset))
+            store = Store(given.store or RESULTS / f"ablation-{dataset}.jsonl")
             seeds = [SEED + number for number in range(given.seeds)]
             version = Version(given.images, given.rounds)
             configs = [config_of(dataset, name, version, seed, given.data) for seed in seeds for name in VARIANTS]
             rows += rows_of(run_missing(store, configs, NODES, given.jobs))
-    except ConfigError as error:
+    except (RuntimeError, ValueError) as error:  # ConfigError is one
         print(f"{PREFIX}{error}", file=sys.stderr)
         return 2
     publish("ablation", rows, given.output, images=given.images, rounds=given.rounds, first_seed=SEED)
@@ -81,26 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("ablation", __doc__)
-    parser.add_argument("--data", type=Path, help="folder with cifar10.npz, cifar100.npz; default: torchvision's")
-    parser.add_argument("--datasets", default="cifar10", help=f"of {', '.join(DATASETS)} (default: %(default)s)")
+    add_data(parser)
     parser.add_argument("--seeds", type=int, default=3, help=f"{SEED}, … (default: %(default)s)")
     parser.add_argument("--images", type=int, default=TRIAL_IMAGES, help="0: all (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=TRIAL_ROUNDS, help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     parser.add_argument("--store", type=Path, help="default: benchmarks/results/ablation-DATASET.jsonl")
     given = parser.parse_args(arguments)
-    given.datasets = given.datasets.split(",")
-    if not set(given.datasets) <= set(DATASETS):
-        parser.error(f"--datasets={','.join(given.datasets)}; allowed, joined by commas: {', '.join(DATASETS)}")
-    for key, least in (("seeds", 1), ("images", 0), ("rounds", 1), ("jobs", 1)):
-        if getattr(given, key) < least:
-            parser.error(f"--{key}={getattr(given, key)} is not allowed; allowed: >= {least}")
+    split_names(parser, given, datasets=DATASETS)
+    check_least(parser, given, seeds=1, images=0, rounds=1, jobs=1)
     return given
-
-
-def store_of(dataset: str) -> Path:
-    """Where runs are kept that are to last."""
-    return RESULTS / f"ablation-{dataset}.jsonl"
 
 
 def config_of(dataset: str, variant: str, version: Version, seed: int, folder: Path | None = None) -> Config:

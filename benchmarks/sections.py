@@ -51,6 +51,7 @@ def name_of(case: Case) -> str:
 
 
 def sweep_name(sweep: Sweep) -> str:
+    """For a file."""
     return f"{name_of(sweep.cases[0])}-by-{sweep.kind}"
 
 
@@ -87,6 +88,7 @@ def headline(cases: Mapping[Case, Sequence[Run]]) -> str:
 
 
 def section(case: Case, runs: Sequence[Run]) -> str:
+    """A case: a row a method."""
     title = f"### {_TITLES[case.dataset]}, α = {case.alpha:g}: {_version(case.version)}, {case.nodes} clients"
     if case.participation != 1.0:
         title += f", {case.participation:.0%} of them in a round"
@@ -96,6 +98,7 @@ def section(case: Case, runs: Sequence[Run]) -> str:
 
 
 def sweep_section(sweep: Sweep, runs: Sequence[Run]) -> str:
+    """A sweep: a row a method, a column for each of what was varied."""
     first = sweep.cases[0]
     told = {
         "epochs": f"α = {first.alpha:g}, {_images(first.version)}, {first.nodes} clients",

@@ -34,7 +34,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from fedpm_flwr.config import Config, ConfigError, Value
 from scripts.processes import exit_on_signals
 
-from .arguments import make_parser
+from .arguments import add_data, check_least, make_parser, split_names
 from .experiments import (
     ALGORITHMS,
     CONFIGS,
@@ -120,8 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("tune", __doc__)
-    parser.add_argument("--data", type=Path, help="folder with cifar10.npz, cifar100.npz; default: torchvision's")
-    parser.add_argument("--datasets", default="cifar10", help=f"of {', '.join(DATASETS)} (default: %(default)s)")
+    add_data(parser)
     parser.add_argument("--methods", default=",".join(ALGORITHMS), help="default: %(default)s")
     parser.add_argument(
         "--trials", type=int, default=10, help="of each method; 0: begin only (default: %(default)s)"
@@ -135,22 +134,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--store", type=Path, help="default: benchmarks/results/tune-DATASET.jsonl")
     parser.add_argument("--configs", type=Path, help="folder for the .toml files (default: benchmarks/configs)")
     given = parser.parse_args(arguments)
-    for key, allowed in (("datasets", DATASETS), ("methods", ALGORITHMS)):
-        names = getattr(given, key).split(",")
-        if not set(names) <= set(allowed):
-            parser.error(f"--{key}={getattr(given, key)}; allowed, joined by commas: {', '.join(allowed)}")
-        setattr(given, key, names)
-    for key, least in (
-        ("trials", 0),
-        ("images", 0),
-        ("rounds", 1),
-        ("seed", 0),
-        ("finalists", 1),
-        ("more-seeds", 0),
-        ("jobs", 1),
-    ):
-        if getattr(given, key.replace("-", "_")) < least:
-            parser.error(f"--{key}={getattr(given, key.replace('-', '_'))} is not allowed; allowed: >= {least}")
+    split_names(parser, given, datasets=DATASETS, methods=ALGORITHMS)
+    check_least(parser, given, trials=0, images=0, rounds=1, seed=0, finalists=1, more_seeds=0, jobs=1)
     return given
 
 
@@ -221,8 +206,8 @@ def searched() -> set[str]:
 
 def trials_of(store: Store, like: Config) -> list[Run]:
     """All that are kept of this method and size, in whatever spaces they were searched."""
-    given = searched()
-    same = {key: value for key, value in settings_of(like).items() if key not in given}
+    free = searched()
+    same = {key: value for key, value in settings_of(like).items() if key not in free}
     return [run for run in store.runs if same.items() <= {**settings_of(Config()), **run.settings}.items()]
 
 

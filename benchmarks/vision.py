@@ -44,7 +44,7 @@ from fedpm_flwr.tasks import build_model
 from fedpm_flwr.training import pick_device
 from scripts.processes import exit_on_signals
 
-from .arguments import make_parser
+from .arguments import add_data, check_least, make_parser, split_names
 from .experiments import ALPHAS, DATASETS, METHODS, NODES, PAPER, RESULTS, Version, located, tuned
 from .runs import Rounds, Run, Store, data_of, rounds_to, run_missing
 from .table import Row, publish, rounded
@@ -124,8 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("vision", __doc__)
-    parser.add_argument("--data", type=Path, help="folder with cifar10.npz, cifar100.npz; default: torchvision's")
-    parser.add_argument("--datasets", default="cifar10", help=f"of {', '.join(DATASETS)} (default: %(default)s)")
+    add_data(parser)
     parser.add_argument("--alphas", default=",".join(map(str, ALPHAS)), help="default: %(default)s")
     parser.add_argument("--methods", help=f"default: {','.join(METHODS)}; with --sweep: {_SWEPT_METHODS}")
     parser.add_argument("--seeds", type=int, default=3, help="0, 1, … (default: %(default)s)")
@@ -142,21 +141,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--store", type=Path, default=RESULTS / "vision.jsonl", help="keep the runs in this file")
     given = parser.parse_args(arguments)
-    given.methods = (given.methods or (_SWEPT_METHODS if given.sweep else ",".join(METHODS))).split(",")
-    given.datasets = given.datasets.split(",")
-    for key, allowed in (("datasets", DATASETS), ("methods", METHODS)):
-        if not set(getattr(given, key)) <= set(allowed):
-            names = ",".join(getattr(given, key))
-            parser.error(f"--{key}={names}; allowed, joined by commas: {', '.join(allowed)}")
+    given.methods = given.methods or (_SWEPT_METHODS if given.sweep else ",".join(METHODS))
+    split_names(parser, given, datasets=DATASETS, methods=METHODS)
     try:
         given.alphas = [float(alpha) for alpha in given.alphas.split(",")]
         for alpha in given.alphas:
             Config(alpha=alpha)
     except (ValueError, ConfigError) as error:
         parser.error(f"--alphas={given.alphas}: {error}")
-    for key, least in (("seeds", 1), ("images", 0), ("rounds", 0), ("epochs", 0), ("jobs", 1)):
-        if getattr(given, key) < least:
-            parser.error(f"--{key}={getattr(given, key)} is not allowed; allowed: >= {least}")
+    check_least(parser, given, seeds=1, images=0, rounds=0, epochs=0, jobs=1)
     if given.budget_minutes is not None and (given.images or given.rounds or given.epochs or given.sweep):
         parser.error("--budget-minutes picks a version itself: leave --images, --rounds, --epochs and --sweep out")
     total = (given.rounds or 100) * (given.epochs or 5)
