@@ -9,6 +9,7 @@ the held-out images after the last three rounds; a run that fails counts as 0. T
 the literature or earlier runs would begin (``SPACES``), the others are optuna's TPE's, seeded. The best
 --finalists of all trials are run again with the next --more-seeds seeds, and so other partitions and initial
 models, and the best mean over all these seeds wins: a search by one seed finds settings that suit that seed.
+At last the winner's clients weigh alike (``weighting=uniform``), with all these seeds: that stays if it is better.
 
 All trials are kept in --store, and none that is there is run again: a search that was broken off goes on.
 Finalists are the best of all that are kept, of earlier searches in other spaces too. The settings that win go to
@@ -162,7 +163,7 @@ def search(given: argparse.Namespace, store: Store, dataset: str, algorithm: str
         study.tell(trial, trial_accuracy(run))
     trials = trials_of(store, config_of(given, dataset, algorithm, {}))
     winner, accuracy = final(given, store, dataset, algorithm, trials)
-    found = {key: winner.settings[key] for key in space.of}
+    found = {key: winner.settings[key] for key in (*space.of, "weighting")}
     if accuracy:
         size = f"{given.images or 'all'} images, {given.rounds} rounds, seeds {given.seed}"
         more = f" to {given.seed + given.more_seeds}" if given.more_seeds else ""
@@ -186,17 +187,25 @@ def search(given: argparse.Namespace, store: Store, dataset: str, algorithm: str
 def final(
     given: argparse.Namespace, store: Store, dataset: str, algorithm: str, trials: Sequence[Run]
 ) -> tuple[Run, float]:
-    """The trial that wins, and its mean accuracy over seeds."""
+    """A run of the settings that win, and their mean accuracy over seeds."""
     finalists = sorted(trials, key=trial_accuracy, reverse=True)[: given.finalists]
-    means = []
-    for trial in finalists:
-        settings = {key: trial.settings[key] for key in searched() if key in trial.settings}
+    seeds = range(given.seed, given.seed + given.more_seeds + 1)
+
+    def over_seeds(settings: Mapping[str, Value]) -> tuple[Run, float]:
         config = config_of(given, dataset, algorithm, settings)
-        again = [replace(config, seed=given.seed + number) for number in range(1, given.more_seeds + 1)]
-        runs = [trial, *run_missing(store, again, NODES, 1)]
-        means.append(rounded(statistics.fmean(map(trial_accuracy, runs))))
-    best = max(range(len(finalists)), key=means.__getitem__)
-    return finalists[best], means[best]
+        runs = run_missing(store, [replace(config, seed=seed) for seed in seeds], NODES, 1)
+        return runs[0], rounded(statistics.fmean(map(trial_accuracy, runs)))
+
+    def by_mean(candidate: tuple[Run, float]) -> float:
+        return candidate[1]
+
+    free = searched()
+    best = max(
+        (over_seeds({key: trial.settings[key] for key in trial.settings if key in free}) for trial in finalists),
+        key=by_mean,
+    )
+    found = {key: best[0].settings[key] for key in best[0].settings if key in free}
+    return max(best, over_seeds({**found, "weighting": "uniform"}), key=by_mean)
 
 
 def searched() -> set[str]:

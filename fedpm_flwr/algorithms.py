@@ -49,7 +49,6 @@ def _fedpm(config: Config, **more: Any) -> strategy.FedPM:
     return strategy.FedPM(
         server_learning_rate=config.server_learning_rate,
         codec=config.codec,
-        weighting=config.weighting,
         max_factor_side=config.max_factor_side,
         max_payload_bytes=int(config.max_payload_mb * 1e6),
         kronecker_sum=config.kronecker_sum,
@@ -63,7 +62,7 @@ REGISTRY = {
     "fedpm": Method(
         client=local_training(Job.second_order),
         strategy=_fedpm,
-        reads=("server-learning-rate", "weighting", "codec", "kronecker-sum", "max-payload-mb"),
+        reads=("server-learning-rate", "codec", "kronecker-sum", "max-payload-mb"),
         reads_optimizer=True,
     ),
     "fedpm-corrected": Method(
@@ -71,7 +70,7 @@ REGISTRY = {
         strategy=lambda config: _fedpm(
             config, correction=config.correction, state_folder=config.state_folder or None
         ),
-        reads=("server-learning-rate", "weighting", "codec", "kronecker-sum", "max-payload-mb", "correction"),
+        reads=("server-learning-rate", "codec", "kronecker-sum", "max-payload-mb", "correction"),
         reads_optimizer=True,
     ),
     "localnewton": localnewton.METHOD,

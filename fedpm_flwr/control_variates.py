@@ -13,8 +13,8 @@ from flwr.app import ConfigRecord, Message
 from torch import Tensor
 
 from . import messages
-from .guarded import with_extra
 from .replies import ReplyError, read_tensors
+from .rewriting import with_extra
 from .state import ClientState
 
 _log = logging.getLogger("flwr")

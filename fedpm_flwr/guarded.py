@@ -1,9 +1,9 @@
 """Rounds that go on without the replies that cannot be used: for every strategy derived from FedAvg."""
 
-import copy
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -14,10 +14,12 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from . import messages
+from .config import WEIGHTINGS
 from .events import event
 from .grids import StreamingGrid
 from .replies import ReplyError, Update, read_metrics, read_update, with_common_metrics
 from .report import PREFIX, one_line
+from .rewriting import canonical, weighing_alike, with_content, with_extra
 from .state import ClientState
 
 _log = logging.getLogger("flwr")
@@ -43,6 +45,8 @@ class Guarded(FedAvg):
     Args:
         min_replies: usable training replies without which a round fails.
         max_failed_rounds: after so many failed rounds in a row, ``FailedRoundsError`` is raised.
+        weighting: how much a client counts in the model. ``num-examples``: wᵢ = nᵢ/Σnⱼ, nᵢ what is under
+            ``weighted_by_key``; ``uniform``: wᵢ = 1/N, of N usable replies. Metrics are weighed by nᵢ either way.
         **strategy: what the guarded strategy takes.
 
     Raises:
@@ -52,11 +56,21 @@ class Guarded(FedAvg):
     memory: ClassVar[tuple[str, ...]] = ()
     """The attributes, beside Guarded's own, that later rounds need and a checkpoint has to hold."""
 
-    def __init__(self, *, min_replies: int = 1, max_failed_rounds: int = 3, **strategy: Any) -> None:
+    def __init__(
+        self,
+        *,
+        min_replies: int = 1,
+        max_failed_rounds: int = 3,
+        weighting: str = "num-examples",
+        **strategy: Any,
+    ) -> None:
         super().__init__(**strategy)
         for name, value in (("min_replies", min_replies), ("max_failed_rounds", max_failed_rounds)):
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, not {value}")
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"unknown weighting {weighting!r}; allowed: {', '.join(WEIGHTINGS)}")
+        self.weighting = weighting
         self.min_replies = min_replies
         self.max_failed_rounds = max_failed_rounds
         self.failed_rounds = 0
@@ -142,8 +156,12 @@ class Guarded(FedAvg):
         Raises:
             Exception: of any kind, if there is no new model.
         """
-        kept = _common([_with_content(reply, _canonical(reply, update)) for reply, update in usable])
-        arrays, metrics = super().aggregate_train(server_round, kept)
+        kept = _common([with_content(reply, canonical(reply, update.state)) for reply, update in usable])
+        if self.weighting == "num-examples":
+            arrays, metrics = super().aggregate_train(server_round, kept)
+        else:
+            arrays, _ = super().aggregate_train(server_round, weighing_alike(kept, self.weighted_by_key))
+            metrics = self.train_metrics_aggr_fn([reply.content for reply in kept], self.weighted_by_key)
         return None if arrays is None else self._as_sent(arrays), metrics
 
     def configure_evaluate(
@@ -161,7 +179,7 @@ class Guarded(FedAvg):
             except ReplyError as error:
                 self._warn(server_round, "evaluation", reply, error)
                 continue
-            kept.append(_with_content(reply, RecordDict({messages.METRICS: metrics})))
+            kept.append(with_content(reply, RecordDict({messages.METRICS: metrics})))
         try:
             return super().aggregate_evaluate(server_round, _common(kept))
         except Exception as error:  # the user's own function; metrics are not worth losing a run for
@@ -199,7 +217,12 @@ class Guarded(FedAvg):
         Raises:
             ReplyError: the reply cannot be used.
         """
-        return read_update(reply, self._theta, weighted_by=self.weighted_by_key)
+        update = read_update(reply, self._theta, weighted_by=self.weighted_by_key)
+        return replace(update, weight=self.weight_of(update.weight))
+
+    def weight_of(self, num_examples: float) -> float:
+        """How much a client with nᵢ examples counts, before Σ wᵢ = 1."""
+        return num_examples if self.weighting == "num-examples" else 1.0
 
     def ask(
         self, server_round: int, grid: Grid, requests: Iterable[Message], phase: str, extra: Mapping[str, Tensor]
@@ -266,30 +289,6 @@ def forked(remembered: Mapping[str, Any], server_round: int) -> dict[str, Any]:
     return {**remembered, "experiment": uuid.uuid4().hex, "forked_from": [origin, *remembered["forked_from"]]}
 
 
-def with_extra(
-    request: Message,
-    extra: Mapping[str, Tensor] | ConfigRecord,
-    config: Mapping[str, str | int | float] | None = None,
-) -> Message:
-    """A request like this one with further tensors, and with further entries in its config.
-
-    Many requests may share one record of tensors, a ``messages.tensors_record``, as they share θ's.
-    """
-    records = {**request.content}
-    ((name, old),) = request.content.config_records.items()
-    records[name] = ConfigRecord({**old, **(config or {})})
-    if extra:
-        records[messages.EXTRA] = extra if isinstance(extra, ConfigRecord) else messages.tensors_record(extra)
-    changed = Message(
-        RecordDict(records),
-        dst_node_id=request.metadata.dst_node_id,
-        message_type=request.metadata.message_type,
-        ttl=request.metadata.ttl,
-        group_id=request.metadata.group_id,
-    )
-    return changed
-
-
 class _Counted:
     """An iterable that counts what it has given."""
 
@@ -304,22 +303,10 @@ class _Counted:
             del item
 
 
-def _canonical(reply: Message, update: Update) -> RecordDict:
-    """A reply as a stock strategy expects it: one name for each record, θ's dtypes."""
-    (metrics,) = reply.content.metric_records.values()
-    return RecordDict({messages.ARRAYS: ArrayRecord(update.state), messages.METRICS: metrics})
-
-
 def _common(replies: list[Message]) -> list[Message]:
     """The replies with the metrics that all of them have in the same form, and no others."""
     contents = with_common_metrics([reply.content for reply in replies])
-    return [_with_content(reply, content) for reply, content in zip(replies, contents, strict=True)]
-
-
-def _with_content(reply: Message, content: RecordDict) -> Message:
-    changed = copy.copy(reply)
-    changed.content = content
-    return changed
+    return [with_content(reply, content) for reply, content in zip(replies, contents, strict=True)]
 
 
 def _unknown(node: int) -> int | None:

@@ -179,4 +179,5 @@ def shared_by_strategies(config: Config) -> dict[str, Any]:
         "min_available_nodes": config.min_available_nodes,
         "min_replies": config.min_replies,
         "max_failed_rounds": config.max_failed_rounds,
+        "weighting": config.weighting,
     }

@@ -32,6 +32,7 @@ from torch import Tensor
 from . import messages
 from .config import UPDATES
 from .grids import WrappedGrid
+from .rewriting import with_content
 from .wire.change import STORED, read_change, round_change
 
 PACKED = "packed-arrays"
@@ -88,7 +89,7 @@ class PackedGrid(WrappedGrid):
 
     def outgoing(self, messages: Iterable[Message]) -> list[Message]:
         packed: dict[int, _Lined | None] = {}
-        return [_with_content(message, _pack(message.content, packed, self._update)) for message in messages]
+        return [with_content(message, _pack(message.content, packed, self._update)) for message in messages]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         given = list(messages)
@@ -124,7 +125,7 @@ class PackedGrid(WrappedGrid):
         if not (reply.has_content() and PACKED in reply.content.config_records):
             return reply
         try:
-            return _with_content(reply, _unpack(reply.content, request))
+            return with_content(reply, _unpack(reply.content, request))
         except PackingError as error:
             return _failed(reply, f"its packed arrays cannot be read: {error}")
 
@@ -136,7 +137,7 @@ def packed_arrays(message: Message, context: Context, call_next: ClientAppCallab
     update = str(message.content.config_records[PACKED].get(_UPDATE, "none"))
     if update not in UPDATES:
         raise PackingError(f"unknown update {update!r:.{_MAX_QUOTE}}; allowed: {', '.join(UPDATES)}")
-    request = _with_content(message, _unpack(message.content, RecordDict()))
+    request = with_content(message, _unpack(message.content, RecordDict()))
     records = request.content.array_records
     # Copies, since the ClientApp may change its own.
     before = RecordDict({name: ArrayRecord({**record}) for name, record in records.items()})
@@ -144,11 +145,11 @@ def packed_arrays(message: Message, context: Context, call_next: ClientAppCallab
     if not reply.has_content():
         return reply
     if update == "none" or message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
-        return _with_content(reply, _pack(reply.content, {}))
+        return with_content(reply, _pack(reply.content, {}))
     # What is added to a clipped change is no longer within the bound.
     clipped = any(_CLIPPED in config for config in request.content.config_records.values())
     kept = None if clipped else _Feedback(request, context)
-    return _with_content(reply, _pack_changes(reply.content, before, update, kept))
+    return with_content(reply, _pack_changes(reply.content, before, update, kept))
 
 
 _Lined = tuple[ArrayRecord, list[Entry]]
@@ -303,12 +304,6 @@ def _with_lined(content: RecordDict, lined: Mapping[str, _Lined | None], update:
         said = {_LAYOUTS: json.dumps(layouts, separators=(",", ":")), _UPDATE: update}
         records[PACKED] = ConfigRecord({**said})
     return RecordDict(records)
-
-
-def _with_content(message: Message, content: RecordDict) -> Message:
-    changed = copy.copy(message)
-    changed.content = content
-    return changed
 
 
 def _failed(message: Message, reason: str) -> Message:

@@ -33,11 +33,11 @@ class ReplyError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """A checked reply: θᵢ by parameter name, curvature of some layers, the number of examples nᵢ, more tensors."""
+    """A checked reply: θᵢ by parameter name, curvature of some layers, nᵢ or 1 as its weight, more tensors."""
 
     state: dict[str, Tensor]
     layers: list[LayerCurvature]
-    num_examples: float
+    weight: float
     extra: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
 
 

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from . import messages
-from .config import KRONECKER_SUMS, WEIGHTINGS, check_codec
+from .config import KRONECKER_SUMS, check_codec
 from .control_variates import (
     CORRECTIONS,
     VARIATE_ROUND,
@@ -22,11 +22,12 @@ from .control_variates import (
     read_variate,
     weighted_mean,
 )
-from .guarded import Guarded, with_extra
+from .guarded import Guarded
 from .mixing import ModelMixer
 from .privacy import refuse_differential_privacy
 from .replies import Update, read_curvature, read_metrics, with_common_metrics
 from .report import PREFIX
+from .rewriting import with_extra
 from .training import pick_device
 
 _log = logging.getLogger("flwr")
@@ -44,7 +45,6 @@ class FedPM(Guarded):
     Args:
         server_learning_rate: η_s > 0.
         codec: how curvature travels, see ``fedpm_flwr.wire.compression``.
-        weighting: ``num-examples``: wᵢ = nᵢ/n with nᵢ under ``weighted_by_key``; ``uniform``: 1/N.
         damping_bounds: replies that name a λ outside of them are left out.
         max_factor_side: replies with a larger matrix are left out.
         kronecker_sum: how two-sided Kronecker products (K-FAC) are mixed. ``exact``: by all clients'
@@ -69,7 +69,6 @@ class FedPM(Guarded):
         *,
         server_learning_rate: float = 1.0,
         codec: str = "triangle-float32",
-        weighting: str = "num-examples",
         damping_bounds: tuple[float, float] = (0.0, 1e6),
         max_factor_side: int = 8192,
         kronecker_sum: str = "exact",
@@ -83,8 +82,6 @@ class FedPM(Guarded):
         super().__init__(**strategy)
         if not (math.isfinite(server_learning_rate) and server_learning_rate > 0):
             raise ValueError(f"server_learning_rate must be a finite number > 0, not {server_learning_rate}")
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"unknown weighting {weighting!r}; allowed: {', '.join(WEIGHTINGS)}")
         if kronecker_sum not in KRONECKER_SUMS:
             raise ValueError(f"unknown kronecker_sum {kronecker_sum!r}; allowed: {', '.join(KRONECKER_SUMS)}")
         if correction not in CORRECTIONS:
@@ -95,7 +92,6 @@ class FedPM(Guarded):
         check_codec(codec)
         self.step_length = server_learning_rate  # of the mixing; Flower's FedAvgM has a server_learning_rate too
         self.codec = codec
-        self.weighting = weighting
         self.damping_bounds = damping_bounds
         self.max_factor_side = max_factor_side
         self.kronecker_sum = kronecker_sum
@@ -160,10 +156,10 @@ class FedPM(Guarded):
         contents: list[RecordDict] = []  # of the replies, their metrics alone
         curved = False
         for reply, update in usable:
-            mixer.add(update.state, update.layers, self._weight(update))
+            mixer.add(update.state, update.layers, update.weight)
             if self._variates is not None:
                 client = self.client_of(reply.metadata.src_node_id)
-                self._variates.add(client, server_round, update.extra, self._weight(update))
+                self._variates.add(client, server_round, update.extra, update.weight)
             contents.append(RecordDict({**reply.content.metric_records}))
             curved = curved or bool(update.layers)
             del reply, update  # else they are still in memory while the next ones are read
@@ -204,9 +200,9 @@ class FedPM(Guarded):
         """Ask for ∇fᵢ(θ) first; the requests of those that tell it, with c = Σ wᵢ∇fᵢ(θ) of this round."""
 
         def read(reply: Message) -> tuple[float, dict[str, Tensor]]:
-            weight = read_metrics(reply, self.weighted_by_key)[self.weighted_by_key]
-            assert isinstance(weight, int | float)
-            return weight if self.weighting == "num-examples" else 1.0, read_variate(reply, self._shapes())
+            examples = read_metrics(reply, self.weighted_by_key)[self.weighted_by_key]
+            assert isinstance(examples, int | float)
+            return self.weight_of(examples), read_variate(reply, self._shapes())
 
         told = set[int]()
 
@@ -234,6 +230,3 @@ class FedPM(Guarded):
         except Exception as error:  # the user's own function; metrics are not worth losing a round for
             _log.warning("%sround %d: metrics could not be aggregated: %r", PREFIX, server_round, error)
             return None
-
-    def _weight(self, update: Update) -> float:
-        return update.num_examples if self.weighting == "num-examples" else 1.0

@@ -302,10 +302,10 @@ def test_every_optimizer_setting_reaches_the_optimizer() -> None:
 
 
 def test_settings_without_effect_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path, {"algorithm": "localnewton", "weighting": "uniform", "damping": 0.2, "num-server-rounds": 1})
+    run(tmp_path, {"algorithm": "localnewton", "codec": "auto", "damping": 0.2, "num-server-rounds": 1})
     said = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
-    assert said == ["fedpm | weighting='uniform' has no effect: algorithm='localnewton' does not read it"]
-    assert settings_without_effect(Config(weighting="uniform", damping=0.2)) == []
+    assert said == ["fedpm | codec='auto' has no effect: algorithm='localnewton' does not read it"]
+    assert settings_without_effect(Config(codec="auto", damping=0.2)) == []
     (line,) = settings_without_effect(Config(optimizer="sophia", damping=0.2, momentum=0.5, sophia_gamma=0.1))
     assert line == "damping=0.2 has no effect: optimizer='sophia' does not read it"
     (line,) = settings_without_effect(Config(algorithm="fedavg", optimizer="kfac", weight_decay=0.1))

@@ -27,6 +27,7 @@ FLOORS = {
     "fedpm_flwr.recorder": 6,
     "fedpm_flwr.grids": 5,
     "fedpm_flwr.replies": 5,
+    "fedpm_flwr.rewriting": 5,
     "fedpm_flwr.events": 4,
     "fedpm_flwr.messages": 4,
     "fedpm_flwr.checkpoint": 4,

@@ -160,13 +160,18 @@ def test_a_search_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFix
     given += ["--store", str(tmp_path / "s.jsonl"), "--configs", str(tmp_path / "configs")]
     assert tune.main(given) == 0
     (row,) = rows_of(capsys)
-    runs = Store(tmp_path / "s.jsonl").runs
+    *runs, alike, alike_too = Store(tmp_path / "s.jsonl").runs
     assert [run.settings["seed"] for run in runs] == [100, 100, 101, 101]
     values = {(run.settings["learning-rate"], run.settings["seed"]): trial_accuracy(run) for run in runs}
     means = {rate: (values[rate, 100] + values[rate, 101]) / 2 for rate, _ in values}
     assert len(means) == 2
-    assert row["accuracy"] == pytest.approx(max(means.values()), abs=1e-4)
     assert means[row["learning-rate"]] == max(means.values()), "the best mean over seeds wins"
+    for number, run in enumerate((alike, alike_too)):
+        assert (run.settings["weighting"], run.settings["seed"]) == ("uniform", 100 + number)
+        assert run.settings["learning-rate"] == row["learning-rate"], "the winner's"
+    mean_alike = (trial_accuracy(alike) + trial_accuracy(alike_too)) / 2
+    assert row["accuracy"] == pytest.approx(max(*means.values(), mean_alike), abs=1e-4)
+    assert row["weighting"] == ("uniform" if mean_alike > max(means.values()) else "num-examples")
     assert (row["trials"], row["failed"]) == (2, 0)
     assert (row["first"], row["best"]) == (values[0.1, 100], max(values[rate, 100] for rate in means))
     assert all(run.settings["validation-share"] == 0.2 for run in runs)
@@ -175,6 +180,7 @@ def test_a_search_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFix
     assert "(150 images, 1 rounds, seeds 100 to 101;" in text
     written = Config.from_run_config(tomllib.loads(text))
     assert (written.learning_rate, written.momentum) == (row["learning-rate"], row["momentum"])
+    assert written.weighting == row["weighting"]
     assert (written.dataset, written.num_server_rounds, written.validation_share) == ("cifar10", 100, 0.0)
     lines = (tmp_path / "s.jsonl").read_text()
     assert tune.main(given) == 0
@@ -195,6 +201,13 @@ def test_a_search_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFix
     assert tune.main(given) == 0
     (row,) = rows_of(capsys)
     assert (row["trials"], row["accuracy"], row["learning-rate"], row["clip"]) == (3, 0.94, 2.5, 7.0)
+    # Clients that weigh alike win where that is better than all else.
+    store = Store(tmp_path / "s.jsonl")
+    for seed in (100, 101):
+        store.add(replace(earlier, seed=seed, weighting="uniform"), 10, rounds(0.95))
+    assert tune.main(given) == 0
+    (row,) = rows_of(capsys)
+    assert (row["accuracy"], row["weighting"], row["clip"]) == (0.95, "uniform", 7.0)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -45,9 +45,9 @@ class DirectionMean(Guarded):
         Raises:
             ReplyError: the reply cannot be used.
         """
-        weight = read_metrics(reply, self.weighted_by_key)[self.weighted_by_key]
-        assert isinstance(weight, int | float)
-        return Update(read_tensors(reply.content, shapes), [], float(weight))
+        examples = read_metrics(reply, self.weighted_by_key)[self.weighted_by_key]
+        assert isinstance(examples, int | float)
+        return Update(read_tensors(reply.content, shapes), [], self.weight_of(float(examples)))
 
     def theta_vector(self) -> Tensor:
         """θ, [d]."""
@@ -59,10 +59,10 @@ class DirectionMean(Guarded):
         Raises:
             ValueError: there are none.
         """
-        total = sum(update.num_examples for _, update in kept)
+        total = sum(update.weight for _, update in kept)
         if not total:
             raise ValueError(f"no usable reply holds a {name!r}")
-        shares = [update.state[name].double() * (update.num_examples / total) for _, update in kept]
+        shares = [update.state[name].double() * (update.weight / total) for _, update in kept]
         return torch.stack(shares).sum(0).to(self.theta_vector().dtype)
 
     def combine(

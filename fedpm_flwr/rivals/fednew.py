@@ -38,9 +38,9 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from .. import messages
-from ..guarded import with_extra
 from ..method import Job, Method, shared_by_strategies
 from ..replies import Update
+from ..rewriting import with_extra
 from .directions import DAMPING, DIRECTION, DirectionMean, node_of, solve_damped
 from .vectors import check_whole
 

@@ -39,10 +39,10 @@ from torch import Tensor
 from .. import messages
 from ..config import Config
 from ..curvature.linalg import add_to_diagonal, cholesky_solve, eigh
-from ..guarded import with_extra
 from ..messages import GRADIENT
 from ..method import Job, Method, shared_by_strategies
 from ..replies import ReplyError, Update, read_tensors
+from ..rewriting import with_extra
 from .compressors import COMPRESSORS, PLACES, entries
 from .server_step import ServerStep, Slope, mean_gradient
 from .vectors import check_side, check_whole, lower_triangle, symmetric
@@ -85,7 +85,7 @@ class _Estimate(NamedTuple):
     """Hᵢ, [d, d]."""
     error: float
     """lᵢ."""
-    num_examples: float
+    weight: float
     server_round: int
     """After which the client has this Hᵢ."""
 
@@ -162,7 +162,7 @@ class FedNL(ServerStep):
             change = self._compressor.restore(tensors, side)
         if error < 0 or not torch.isfinite(change).all():
             raise ReplyError(f"its {messages.EXTRA!r} tensors are no difference of Hessians and its norm")
-        return _Learned(update.state, [], update.num_examples, tensors[GRADIENT], before, change, error)
+        return _Learned(update.state, [], update.weight, tensors[GRADIENT], before, change, error)
 
     def direction(self, server_round: int, kept: Sequence[tuple[Message, Update]]) -> Tensor:
         """[H]_μ⁻¹ g, or (H + lI)⁻¹ g.
@@ -171,12 +171,12 @@ class FedNL(ServerStep):
             CurvatureError: H has no eigenvalues, or H + lI is not positive definite.
         """
         known = {**self._known, **self._estimates(server_round, kept, rate=0.0)}
-        total, gradient = sum(one.num_examples for one in known.values()), mean_gradient(kept)
+        total, gradient = sum(one.weight for one in known.values()), mean_gradient(kept)
         hessian = gradient.new_zeros(len(gradient), len(gradient))
         for one in known.values():
-            hessian += one.hessian * (one.num_examples / total)
+            hessian += one.hessian * (one.weight / total)
         if self._config.fednl_option == 2:
-            error = sum(one.error * one.num_examples / total for one in known.values())
+            error = sum(one.error * one.weight / total for one in known.values())
             return cholesky_solve(add_to_diagonal(hessian, error), gradient[:, None])[:, 0]
         values, vectors = eigh(hessian)
         return vectors @ ((vectors.T @ gradient) / values.clamp(min=self._config.hessian_floor))
@@ -191,7 +191,7 @@ class FedNL(ServerStep):
         """Hᵢ + rate · C(Dᵢ) of the participants."""
         return {
             self.client_of(reply.metadata.src_node_id): _Estimate(
-                update.before + rate * update.change, update.error, update.num_examples, server_round
+                update.before + rate * update.change, update.error, update.weight, server_round
             )
             for reply, update in kept
             if isinstance(update, _Learned)

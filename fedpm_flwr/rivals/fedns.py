@@ -127,7 +127,7 @@ class FedNS(ServerStep):
             raise ReplyError(f"its sketch has {rows} rows, more than sketch-size={self.sketch_size}")
         shapes = {GRADIENT: (len(theta),), ROOT: (rows, len(theta))}
         tensors = {key: value.to(theta) for key, value in read_tensors(reply.content, shapes).items()}
-        return _Sketched(update.state, [], update.num_examples, tensors[GRADIENT], tensors[ROOT])
+        return _Sketched(update.state, [], update.weight, tensors[GRADIENT], tensors[ROOT])
 
     def direction(self, server_round: int, kept: Sequence[tuple[Message, Update]]) -> Tensor:
         """H⁻¹ g.
@@ -136,11 +136,11 @@ class FedNS(ServerStep):
             CurvatureError: H is not positive definite.
         """
         gradient = mean_gradient(kept)
-        total = sum(update.num_examples for _, update in kept)
+        total = sum(update.weight for _, update in kept)
         hessian = gradient.new_zeros(len(gradient), len(gradient))
         for _, update in kept:
             if isinstance(update, _Sketched):
-                hessian += update.root.T @ update.root * (update.num_examples / total)
+                hessian += update.root.T @ update.root * (update.weight / total)
         return cholesky_solve(add_to_diagonal(hessian, self.shift), gradient[:, None])[:, 0]
 
 

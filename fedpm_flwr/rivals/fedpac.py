@@ -135,7 +135,7 @@ class FedPAC(StepTeller):
 
         def noted() -> Iterator[tuple[Message, Update]]:
             for reply, update in usable:
-                mean.add(update.layers, update.num_examples)
+                mean.add(update.layers, update.weight)
                 yield reply, update
 
         made = super().combine(server_round, noted())

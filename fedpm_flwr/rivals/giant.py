@@ -34,9 +34,9 @@ from torch import Tensor
 
 from .. import messages
 from ..config import Config
-from ..guarded import with_extra
 from ..messages import GRADIENT
 from ..method import Job, Method, shared_by_strategies
+from ..rewriting import with_extra
 from .directions import DAMPING, DIRECTION, DirectionMean, Kept, node_of, solve_damped
 from .vectors import check_whole
 

@@ -38,12 +38,12 @@ from torch import Tensor, nn
 
 from .. import messages
 from ..config import Config
-from ..guarded import with_extra
 from ..method import Job, Method, shared_by_strategies
 from ..optim import correct_gradients
 from ..optimizers import SGD_READS, sgd
 from ..replies import Update, read_tensors, with_common_metrics
 from ..report import PREFIX
+from ..rewriting import with_extra
 from .memory import Remembering
 
 STATE_ROUND = "state-round"
@@ -66,18 +66,14 @@ class Scaffold(Remembering):
 
     Args:
         server_learning_rate: η_s.
-        weighting: nᵢ, the clients' numbers of examples (``num-examples``) or 1 (``uniform``).
         strategy: as for ``Guarded``.
     """
 
     memory = ("_sum", "_counted")
 
-    def __init__(
-        self, *, server_learning_rate: float = 1.0, weighting: str = "num-examples", **strategy: Any
-    ) -> None:
+    def __init__(self, *, server_learning_rate: float = 1.0, **strategy: Any) -> None:
         super().__init__(**strategy)
         self.server_learning_rate = server_learning_rate
-        self.weighting = weighting
         self._sum: dict[str, Tensor] | None = None
         """Σ nᵢ cᵢ; None: 0."""
         self._counted: dict[int, tuple[int, float]] | None = None
@@ -109,7 +105,7 @@ class Scaffold(Remembering):
         shapes = {key: value.shape for key, value in self._theta.items() if value.is_floating_point()}
         change = read_tensors(reply.content, shapes)
         (metrics,) = reply.content.metric_records.values()
-        return VariateUpdate(update.state, [], update.num_examples, change, bool(metrics.get(LOST)))
+        return VariateUpdate(update.state, [], update.weight, change, bool(metrics.get(LOST)))
 
     def combine(
         self, server_round: int, usable: Iterable[tuple[Message, Update]]
@@ -124,15 +120,14 @@ class Scaffold(Remembering):
         contents, weights, lost = list[RecordDict](), 0.0, 0
         for reply, update in usable:
             assert isinstance(update, VariateUpdate)
-            weight = update.num_examples if self.weighting == "num-examples" else 1.0
             for key, value in update.state.items():
-                moved[key] += weight * (value.to(moved[key].dtype) - self._theta[key].to(moved[key].dtype))
+                moved[key] += update.weight * (value.to(moved[key].dtype) - self._theta[key].to(moved[key].dtype))
             client = self.client_of(reply.metadata.src_node_id)
-            counted[client] = server_round, counted[client][1] if client in counted else weight
+            counted[client] = server_round, counted[client][1] if client in counted else update.weight
             for key, change in update.change.items():
                 total[key] = total.get(key, 0.0) + counted[client][1] * change
             contents.append(reply.content)
-            weights += weight
+            weights += update.weight
             lost += update.lost
         if not contents:
             return None, None
@@ -205,15 +200,11 @@ def _wide(value: Tensor) -> torch.dtype:
 
 
 def _strategy(config: Config) -> Scaffold:
-    return Scaffold(
-        server_learning_rate=config.server_learning_rate,
-        weighting=config.weighting,
-        **shared_by_strategies(config),
-    )
+    return Scaffold(server_learning_rate=config.server_learning_rate, **shared_by_strategies(config))
 
 
 METHOD = Method(
     client=client,
     strategy=_strategy,
-    reads=(*(key for key in SGD_READS if key != "momentum"), "server-learning-rate", "weighting"),
+    reads=(*(key for key in SGD_READS if key != "momentum"), "server-learning-rate"),
 )

@@ -90,6 +90,6 @@ class ServerStep(Guarded):
 
 def mean_gradient(kept: Sequence[tuple[Message, Update]]) -> Tensor:
     """g, [d]."""
-    total = sum(update.num_examples for _, update in kept)
-    slopes = [(update.gradient, update.num_examples) for _, update in kept if isinstance(update, Slope)]
+    total = sum(update.weight for _, update in kept)
+    slopes = [(update.gradient, update.weight) for _, update in kept if isinstance(update, Slope)]
     return torch.stack([gradient * (examples / total) for gradient, examples in slopes]).sum(0)

@@ -8,8 +8,9 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from .. import messages
-from ..guarded import Guarded, with_extra
+from ..guarded import Guarded
 from ..replies import Update
+from ..rewriting import with_extra
 
 
 class StepTeller(Guarded):

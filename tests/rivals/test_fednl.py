@@ -192,7 +192,7 @@ def test_lost_states_and_lost_replies_leave_both_sides_agreed(
     assert caplog.text.count("left out the reply") == len(lose)
     assert isinstance(problem.strategy, FedNL)
     for known in problem.strategy._known.values():
-        partition = [len(softmax_data(i)[0]) for i in range(3)].index(int(known.num_examples))
+        partition = [len(softmax_data(i)[0]) for i in range(3)].index(int(known.weight))
         assert known.server_round == 5
         assert torch.allclose(known.hessian, watched.estimates[partition], rtol=1e-12, atol=1e-14)
 

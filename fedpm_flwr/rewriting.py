@@ -1,0 +1,55 @@
+"""Messages like others, with something in them changed; the rest is shared with them, not copied."""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from . import messages
+
+
+def with_content(message: Message, content: RecordDict) -> Message:
+    """The message with another content."""
+    changed = copy.copy(message)
+    changed.content = content
+    return changed
+
+
+def with_extra(
+    request: Message,
+    extra: Mapping[str, Tensor] | ConfigRecord,
+    config: Mapping[str, str | int | float] | None = None,
+) -> Message:
+    """A request like this one with further tensors, and with further entries in its config.
+
+    Many requests may share one record of tensors, a ``messages.tensors_record``, as they share θ's.
+    """
+    records = {**request.content}
+    ((name, old),) = request.content.config_records.items()
+    records[name] = ConfigRecord({**old, **(config or {})})
+    if extra:
+        records[messages.EXTRA] = extra if isinstance(extra, ConfigRecord) else messages.tensors_record(extra)
+    return Message(
+        RecordDict(records),
+        dst_node_id=request.metadata.dst_node_id,
+        message_type=request.metadata.message_type,
+        ttl=request.metadata.ttl,
+        group_id=request.metadata.group_id,
+    )
+
+
+def canonical(reply: Message, state: dict[str, Tensor]) -> RecordDict:
+    """A reply's content as a stock strategy expects it: one name for each record, ``state`` as the model."""
+    (metrics,) = reply.content.metric_records.values()
+    return RecordDict({messages.ARRAYS: ArrayRecord(state), messages.METRICS: metrics})
+
+
+def weighing_alike(replies: Sequence[Message], weighted_by_key: str) -> list[Message]:
+    """``canonical`` replies, each with 1 for its number of examples."""
+    changed = []
+    for reply in replies:
+        metrics = MetricRecord({**reply.content.metric_records[messages.METRICS], weighted_by_key: 1})
+        arrays = reply.content.array_records[messages.ARRAYS]
+        changed.append(with_content(reply, RecordDict({messages.ARRAYS: arrays, messages.METRICS: metrics})))
+    return changed
