@@ -1,5 +1,6 @@
 """Pictures of runs that are kept (``runs.Store``), for docs/results.md."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -57,16 +58,17 @@ def _along(run: Run, key: str) -> list[float]:
 
 
 def plot_sweep(accuracies: Mapping[str, Sequence[Sequence[float]]], ticks: Sequence[str], path: Path) -> None:
-    """Mean test accuracy with the least and the largest, by method and by what was varied."""
+    """Mean test accuracy with the least and the largest, by method and by what was varied; NaN is left out."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     places = range(len(ticks))
     for method, columns in accuracies.items():
-        means = [statistics.fmean(column) for column in columns]
-        below = [mean - min(column) for mean, column in zip(means, columns, strict=True)]
-        above = [max(column) - mean for mean, column in zip(means, columns, strict=True)]
+        kept = [[value for value in column if value == value] or [math.nan] for column in columns]  # not failed
+        means = [statistics.fmean(column) for column in kept]
+        below = [mean - min(column) for mean, column in zip(means, kept, strict=True)]
+        above = [max(column) - mean for mean, column in zip(means, kept, strict=True)]
         axes.errorbar(places, means, yerr=[below, above], label=method, marker=".", capsize=3)
     axes.set_xticks(places, ticks)
     axes.set(ylabel="test accuracy")

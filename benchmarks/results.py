@@ -96,19 +96,14 @@ def compared(runs: Iterable[Run]) -> dict[Case, list[Run]]:
 
 
 def sweeps_of(cases: Mapping[Case, Sequence[Run]]) -> list[Sweep]:
-    """Those whose cases are all there, with a seed and two methods in common that no run of failed."""
+    """Those whose cases are all there, with a seed and two methods in common; a run that failed is there."""
     found = {}
     for case in cases:
         for kind, vary in SWEEPS.items():
             swept = tuple(vary(case))
             if not set(swept) <= cases.keys():
                 continue
-            failed = {method_of(run) for one in swept for run in cases[one] if run.failure}
-            methods = [
-                method
-                for method in METHODS
-                if method not in failed and all(_seeds(cases[one], method) for one in swept)
-            ]
+            methods = [method for method in METHODS if all(_seeds(cases[one], method) for one in swept)]
             seeds = [_seeds(cases[one], method) for one in swept for method in methods]
             if len(methods) > 1 and set.intersection(*seeds):
                 found[kind, swept] = Sweep(kind, swept, tuple(methods))

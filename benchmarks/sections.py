@@ -1,5 +1,6 @@
 """The sections of docs/results.md and README.md as text: a table, a picture's place, where its runs are from."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,12 +125,12 @@ def sweep_section(sweep: Sweep, runs: Sequence[Run]) -> str:
 
 
 def accuracies_of(sweep: Sweep, runs: Iterable[Run]) -> dict[str, list[list[float]]]:
-    """By method, and by what was varied: the last test accuracies, over the same seeds."""
+    """By method, and by what was varied: the last test accuracies, over the same seeds; NaN: the run failed."""
     own = _runs_of(sweep, runs)
 
     def accuracies(method: str, case: Case) -> list[float]:
         found = [run for run in own if (method_of(run), case_of(run)) == (method, case)]
-        return [run.rounds[-1]["test-accuracy"] for run in found]
+        return [math.nan if run.failure else run.rounds[-1]["test-accuracy"] for run in found]
 
     return {method: [accuracies(method, case) for case in sweep.cases] for method in sweep.methods}
 
@@ -145,6 +146,10 @@ def _runs_of(sweep: Sweep, runs: Iterable[Run]) -> list[Run]:
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str:
+    others = [value for value in values if not math.isnan(value)]
+    if len(others) < len(values):
+        told = f", the others {statistics.fmean(others):.3f}" if others else ""
+        return f"{len(values) - len(others)} of {len(values)} runs failed{told}"
     mean = f"{statistics.fmean(values):.3f}"
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 

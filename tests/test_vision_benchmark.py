@@ -93,6 +93,13 @@ def test_a_small_sweep_and_its_section(tmp_path: Path, capsys: pytest.CaptureFix
     assert results.make_blocks([run for run in runs if run.settings["num-server-rounds"] != 2])["sweeps"] == ""
     again = [replace(run, settings={**run.settings, "seed": 1}) for run in runs[:5]]
     assert results.make_blocks([*runs, *again])["sweeps"] == blocks["sweeps"], "only seeds that all have count"
+    again = [replace(run, settings={**run.settings, "seed": 1}) for run in runs]
+    broken = [*runs, replace(again[0], rounds=[], failure="not finite"), *again[1:]]
+    assert runs[0].settings["algorithm"] == "fedavg"
+    told = f"1 of 2 runs failed, the others {runs[0].rounds[-1]['test-accuracy']:.3f} |"
+    assert results.make_blocks(broken)["sweeps"].count(told) == 1
+    results.draw(broken, tmp_path / "again")
+    assert (tmp_path / "again" / picture.name).read_bytes() != picture.read_bytes()
 
 
 def test_a_budget_is_kept_by_the_smallest_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
