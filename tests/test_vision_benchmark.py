@@ -99,7 +99,7 @@ def test_a_small_sweep_and_its_section(tmp_path: Path, capsys: pytest.CaptureFix
     told = f"1 of 2 runs failed, the others {runs[0].rounds[-1]['test-accuracy']:.3f} |"
     assert results.make_blocks(broken)["sweeps"].count(told) == 1
     results.draw(broken, tmp_path / "again")
-    assert (tmp_path / "again" / picture.name).read_bytes() != picture.read_bytes()
+    assert (tmp_path / "again" / picture.name).read_bytes() == picture.read_bytes(), "of the run that did not"
 
 
 def test_a_budget_is_kept_by_the_smallest_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
