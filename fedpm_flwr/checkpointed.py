@@ -34,7 +34,6 @@ from . import messages
 from .checkpoint import Checkpoint, Checkpoints
 from .durable import copy_if_there
 from .events import event
-from .grids import StreamingGrid
 from .guarded import Guarded, forked
 from .report import PREFIX
 from .reproducible import PartitionOrderedGrid
@@ -155,7 +154,7 @@ class Checkpointed(Strategy):
             return metrics
 
         super().start(
-            StreamingGrid(grid) if isinstance(self.strategy, Guarded) else grid,
+            self.strategy.as_received(grid) if isinstance(self.strategy, Guarded) else grid,
             initial_arrays,
             max(num_rounds - self._offset, 0),
             timeout,
@@ -163,6 +162,8 @@ class Checkpointed(Strategy):
             evaluate_config,
             end_of_round,
         )
+        if isinstance(self.strategy, Guarded):
+            self.strategy.check_trained(self._result)
         return self._result
 
     def configure_train(

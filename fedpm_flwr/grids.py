@@ -95,10 +95,22 @@ class StreamingGrid(WrappedGrid):
     node comes as that node's.
 
     For strategies that go through the replies once, as every ``Guarded`` one does.
+
+    Args:
+        grid: the Grid to send by.
+        at_once: give a list, when the last reply is there: for what goes through them more than once.
     """
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+    def __init__(self, grid: Grid, *, at_once: bool = False) -> None:
+        super().__init__(grid)
+        self._at_once = at_once
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push all messages; what is returned pulls the replies as it is gone through."""
+        replies = self._pulled(messages, timeout)
+        return list(replies) if self._at_once else replies
+
+    def _pulled(self, messages: Iterable[Message], timeout: float | None) -> Iterator[Message]:
         requests = list(messages)
         ids: list[str | None] = list(self.push_messages(requests))
         if len(ids) != len(requests):  # some Grids leave out what could not be pushed, others say None of it

@@ -19,11 +19,13 @@ from .events import event
 from .grids import StreamingGrid
 from .replies import ReplyError, Update, read_metrics, read_update, with_common_metrics
 from .report import PREFIX, one_line
-from .rewriting import canonical, weighing_alike, with_content, with_extra
+from .rewriting import canonical, weighing_alike, with_content, with_extra, without_arrays
 from .state import ClientState
 
 _log = logging.getLogger("flwr")
 _Read = TypeVar("_Read")
+_MetricsFunction = Callable[[list[RecordDict], str], MetricRecord]
+_LOST = MetricRecord()
 _MEMORY = ("experiment", "forked_from", "failed_rounds")
 
 
@@ -71,6 +73,8 @@ class Guarded(FedAvg):
         if weighting not in WEIGHTINGS:
             raise ValueError(f"unknown weighting {weighting!r}; allowed: {', '.join(WEIGHTINGS)}")
         self.weighting = weighting
+        self.train_metrics_aggr_fn = _surviving(self.train_metrics_aggr_fn)
+        self.evaluate_metrics_aggr_fn = _surviving(self.evaluate_metrics_aggr_fn)
         self.min_replies = min_replies
         self.max_failed_rounds = max_failed_rounds
         self.failed_rounds = 0
@@ -101,12 +105,38 @@ class Guarded(FedAvg):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """As the guarded strategy, with replies that come one at a time (``StreamingGrid``)."""
+        """As the guarded strategy, with replies that come one at a time (``as_received``).
+
+        Raises:
+            FailedRoundsError: too many rounds in a row have failed, or all of a short run's.
+        """
         self.timeout = timeout
-        streaming = StreamingGrid(grid)
-        return super().start(
-            streaming, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+        result = super().start(
+            self.as_received(grid), initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
         )
+        self.check_trained(result)
+        return result
+
+    def check_trained(self, result: Result) -> None:
+        """An empty model is no result.
+
+        Raises:
+            FailedRoundsError: no round gave one.
+        """
+        if self.failed_rounds and not result.arrays:
+            raise FailedRoundsError("no round gave a new model; the log says what was wrong with the replies")
+
+    def as_received(self, grid: Grid) -> StreamingGrid:
+        """The Grid that gives replies as this strategy goes through them.
+
+        Where a subclass from outside this library has an ``aggregate_train`` or ``aggregate_evaluate`` of its
+        own, that may go through them as through Flower's list: all at once.
+        """
+        own = [
+            next(cls for cls in type(self).__mro__ if name in vars(cls)).__module__
+            for name in ("aggregate_train", "aggregate_evaluate")
+        ]
+        return StreamingGrid(grid, at_once=not all(module.startswith(f"{__package__}.") for module in own))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -127,9 +157,16 @@ class Guarded(FedAvg):
 
         Raises:
             FailedRoundsError: see the class.
+            RuntimeError: replies have come to requests that are not of ``configure_train`` here.
         """
         if not self._asked:  # as with fraction_train=0
+            for _ in replies:
+                raise RuntimeError(
+                    f"configure_train of {type(self).__name__} does not call super().configure_train(...), "
+                    "which notes what is sent: change the messages that it gives"
+                )
             return None, None
+        self._asked = False
         usable = _Counted(self.usable(server_round, replies, self.read))
         try:
             arrays, metrics = self.combine(server_round, usable)
@@ -143,7 +180,7 @@ class Guarded(FedAvg):
             return None, None
         self.failed_rounds = 0
         self.accepted(server_round)
-        return arrays, metrics
+        return arrays, None if metrics is _LOST else metrics
 
     def accepted(self, server_round: int) -> None:
         """Called when a round counts: the place, not ``combine``, to keep what later rounds need of it."""
@@ -175,16 +212,13 @@ class Guarded(FedAvg):
         kept = []
         for reply in replies:
             try:
-                metrics = read_metrics(reply, self.weighted_by_key)
+                read_metrics(reply, self.weighted_by_key)
             except ReplyError as error:
                 self._warn(server_round, "evaluation", reply, error)
                 continue
-            kept.append(with_content(reply, RecordDict({messages.METRICS: metrics})))
-        try:
-            return super().aggregate_evaluate(server_round, _common(kept))
-        except Exception as error:  # the user's own function; metrics are not worth losing a run for
-            _log.warning("%sround %d: metrics could not be aggregated: %r", PREFIX, server_round, error)
-            return None
+            kept.append(with_content(reply, without_arrays(reply.content)))
+        metrics = super().aggregate_evaluate(server_round, _common(kept))
+        return None if metrics is _LOST else metrics
 
     def remembered(self) -> dict[str, Any]:
         """What later rounds need: numbers, text, bytes, tensors, Flower's records, and lists and dicts of them."""
@@ -307,6 +341,19 @@ def _common(replies: list[Message]) -> list[Message]:
     """The replies with the metrics that all of them have in the same form, and no others."""
     contents = with_common_metrics([reply.content for reply in replies])
     return [with_content(reply, content) for reply, content in zip(replies, contents, strict=True)]
+
+
+def _surviving(aggregate: _MetricsFunction) -> _MetricsFunction:
+    """The user's own function; where it fails, ``_LOST``: metrics are not worth losing a round for."""
+
+    def function(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+        try:
+            return aggregate(contents, weighted_by_key)
+        except Exception as error:
+            _log.warning("%smetrics could not be aggregated: %r", PREFIX, error)
+            return _LOST
+
+    return function
 
 
 def _unknown(node: int) -> int | None:

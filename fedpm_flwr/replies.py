@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import __version__
 from .curvature import CurvatureError, LayerCurvature
-from .messages import CURVATURE, DIVERGED, EXTRA, NUM_EXAMPLES, PAYLOAD, VERSION
+from .messages import CURVATURE, DIVERGED, EXTRA, METRICS, NUM_EXAMPLES, PAYLOAD, VERSION
 from .wire import decode
 
 _LARGEST_WHOLE = 2**53
@@ -140,7 +140,8 @@ def read_curvature(
 def with_common_metrics(contents: Sequence[RecordDict]) -> list[RecordDict]:
     """Replies with the metrics that all of them have, as numbers or as lists of equal length, and no others.
 
-    Each must hold one MetricRecord. Flower's aggregation needs this, and stops the run without it.
+    Each must hold one MetricRecord. Flower's aggregation needs this, and one name for them all, and stops the run
+    without it.
     """
     if not contents:
         return []
@@ -149,11 +150,14 @@ def with_common_metrics(contents: Sequence[RecordDict]) -> list[RecordDict]:
         for content in contents
         for record in content.metric_records.values()
     ]
+    names = {name for content in contents for name in content.metric_records}
     common = [key for key, form in forms[0].items() if all(key in other and other[key] == form for other in forms)]
     kept = []
     for content in contents:
-        ((name, record),) = content.metric_records.items()
-        kept.append(RecordDict({**content, name: MetricRecord({key: record[key] for key in common})}))
+        ((own, record),) = content.metric_records.items()
+        others = {name: value for name, value in content.items() if name != own}
+        name = own if len(names) == 1 else METRICS
+        kept.append(RecordDict({**others, name: MetricRecord({key: record[key] for key in common})}))
     return kept
 
 

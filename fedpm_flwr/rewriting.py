@@ -8,6 +8,9 @@ from torch import Tensor
 
 from . import messages
 
+_OURS = (messages.CURVATURE, messages.EXTRA)
+"""Names of the ConfigRecords that hold what a strategy has asked for."""
+
 
 def with_content(message: Message, content: RecordDict) -> Message:
     """The message with another content."""
@@ -39,17 +42,22 @@ def with_extra(
     )
 
 
+def without_arrays(content: RecordDict) -> RecordDict:
+    """Metrics and the user's own ConfigRecords, under their names: what a function for metrics may look at."""
+    own = {name: record for name, record in content.config_records.items() if name not in _OURS}
+    return RecordDict({**content.metric_records, **own})
+
+
 def canonical(reply: Message, state: dict[str, Tensor]) -> RecordDict:
-    """A reply's content as a stock strategy expects it: one name for each record, ``state`` as the model."""
-    (metrics,) = reply.content.metric_records.values()
-    return RecordDict({messages.ARRAYS: ArrayRecord(state), messages.METRICS: metrics})
+    """A reply's content as a stock strategy expects it, ``state`` as the model."""
+    return RecordDict({messages.ARRAYS: ArrayRecord(state), **without_arrays(reply.content)})
 
 
 def weighing_alike(replies: Sequence[Message], weighted_by_key: str) -> list[Message]:
     """``canonical`` replies, each with 1 for its number of examples."""
     changed = []
     for reply in replies:
-        metrics = MetricRecord({**reply.content.metric_records[messages.METRICS], weighted_by_key: 1})
-        arrays = reply.content.array_records[messages.ARRAYS]
-        changed.append(with_content(reply, RecordDict({messages.ARRAYS: arrays, messages.METRICS: metrics})))
+        ((name, metrics),) = reply.content.metric_records.items()
+        alike = MetricRecord({**metrics, weighted_by_key: 1})
+        changed.append(with_content(reply, RecordDict({**reply.content, name: alike})))
     return changed

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from . import messages
+from .agreement import Agreement
 from .config import KRONECKER_SUMS, check_codec
 from .control_variates import (
     CORRECTIONS,
@@ -27,7 +28,7 @@ from .mixing import ModelMixer
 from .privacy import refuse_differential_privacy
 from .replies import Update, read_curvature, read_metrics, with_common_metrics
 from .report import PREFIX
-from .rewriting import with_extra
+from .rewriting import with_extra, without_arrays
 from .training import pick_device
 
 _log = logging.getLogger("flwr")
@@ -101,6 +102,7 @@ class FedPM(Guarded):
         self.device = pick_device(device)
         self.state_folder = None if state_folder is None else Path(state_folder)
         self._variates: Variates | None = None
+        self._told_difference = False
 
     def summary(self) -> None:
         """Log the settings, FedAvg's and then our own."""
@@ -153,21 +155,26 @@ class FedPM(Guarded):
         """
         factored = self.kronecker_sum == "factored"
         mixer = ModelMixer(self._theta, memory=self.max_factor_memory, factored=factored, device=self.device)
-        contents: list[RecordDict] = []  # of the replies, their metrics alone
-        curved = False
+        contents: list[RecordDict] = []  # of the replies, without what is large
+        agreement, curved = Agreement(), 0
         for reply, update in usable:
             mixer.add(update.state, update.layers, update.weight)
             if self._variates is not None:
                 client = self.client_of(reply.metadata.src_node_id)
                 self._variates.add(client, server_round, update.extra, update.weight)
-            contents.append(RecordDict({**reply.content.metric_records}))
-            curved = curved or bool(update.layers)
+            contents.append(without_arrays(reply.content))
+            agreement.add(update.layers)
+            curved += bool(update.layers)
             del reply, update  # else they are still in memory while the next ones are read
         mixed = ArrayRecord(mixer.result(self.step_length))
-        _log.info("aggregate_train: Mixed %d results", len(contents))
+        _log.info("aggregate_train: Mixed %d results, %d of them with curvature", len(contents), curved)
         if not curved:
             _log.warning("%sround %d: no reply held curvature; models are averaged", PREFIX, server_round)
-        return mixed, self._aggregate_metrics(server_round, contents)
+        if not self._told_difference and (difference := agreement.difference()):
+            self._told_difference = True
+            text = "%sround %d: clients differ in the units of their curvature: %s; the larger counts more"
+            _log.warning(text, PREFIX, server_round, difference)
+        return mixed, self.train_metrics_aggr_fn(with_common_metrics(contents), self.weighted_by_key)
 
     def accepted(self, server_round: int) -> None:
         """The clients' control variates of this round count."""
@@ -222,11 +229,3 @@ class FedPM(Guarded):
 
     def _shapes(self) -> dict[str, torch.Size]:
         return {key: value.shape for key, value in self._theta.items() if value.is_floating_point()}
-
-    def _aggregate_metrics(self, server_round: int, contents: list[RecordDict]) -> MetricRecord | None:
-        """What ``train_metrics_aggr_fn`` makes of the metrics that all replies have in the same form."""
-        try:
-            return self.train_metrics_aggr_fn(with_common_metrics(contents), self.weighted_by_key)
-        except Exception as error:  # the user's own function; metrics are not worth losing a round for
-            _log.warning("%sround %d: metrics could not be aggregated: %r", PREFIX, server_round, error)
-            return None

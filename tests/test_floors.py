@@ -24,6 +24,7 @@ FLOORS = {
     "fedpm_flwr.guarded": 6,
     "fedpm_flwr.checkpointed": 8,
     "fedpm_flwr.packing": 6,
+    "fedpm_flwr.agreement": 1,
     "fedpm_flwr.recorder": 6,
     "fedpm_flwr.grids": 5,
     "fedpm_flwr.replies": 5,

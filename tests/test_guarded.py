@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
 from torch import nn
 
@@ -143,11 +144,15 @@ class Overflowing(Guarded, FedAdam):
         super().__init__(eta=1e300, **options)
 
 
-class Raising(Guarded):
+class Faulty(FedAvg):
     """A strategy with a fault."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(train_metrics_aggr_fn=fail, **options)
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        raise KeyError("mine")
+
+
+class Raising(Guarded, Faulty):
+    """It under the guard."""
 
 
 def fail(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
@@ -166,10 +171,63 @@ def test_a_strategy_that_fails_keeps_the_model_and_then_stops_the_run(
     assert stays(caplog) == [f"fedpm | round {i}: {reason}: the model stays as it was" for i in (1, 2)]
 
 
-def test_a_function_for_evaluations_that_fails_does_not_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
-    result = federate(client({}), Guarded(evaluate_metrics_aggr_fn=fail), make_model(), 2, rounds=2)
-    assert set(result.train_metrics_clientapp) == {1, 2}
+@pytest.mark.parametrize("make", STRATEGIES)
+@pytest.mark.parametrize("phase", ["train", "evaluate"])
+def test_a_function_for_metrics_that_fails_costs_the_metrics_alone(
+    make: type[Guarded], phase: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    functions: dict[str, Any] = {f"{phase}_metrics_aggr_fn": fail}
+    strategy = make(**functions)
+    result = federate(client({}), strategy, make_model(), 2, rounds=2)
+    told = {"train": result.train_metrics_clientapp, "evaluate": result.evaluate_metrics_clientapp}
+    assert told.pop(phase) == {}
+    assert [set(others) for others in told.values()] == [{1, 2}]
     assert caplog.text.count("metrics could not be aggregated: KeyError('mine')") == 2
+    assert not stays(caplog)
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_a_short_run_whose_rounds_all_fail_ends_with_an_error(is_checkpointed: bool, tmp_path: Path) -> None:
+    """And not with an empty model, as under FedAvg."""
+    strategy = Checkpointed(FedPM(), tmp_path) if is_checkpointed else FedPM()
+    with pytest.raises(FailedRoundsError, match="no round gave a new model; the log says what was wrong"):
+        federate(client({1: {0, 1}, 2: {0, 1}}), strategy, make_model(), 2, rounds=2)
+
+
+@pytest.mark.parametrize("base", [Guarded, FedPM])
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_a_subclass_may_go_through_the_replies_as_through_a_list(
+    base: type[Guarded], is_checkpointed: bool, tmp_path: Path
+) -> None:
+    """As it may under FedAvg: count them, look into them before, and after."""
+    seen = []
+
+    class Own(base):  # type: ignore[valid-type,misc]
+        def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+            assert isinstance(replies, list)
+            before = [reply.metadata.src_node_id for reply in replies]
+            made = super().aggregate_train(server_round, replies)
+            seen.append((len(replies), before == [reply.metadata.src_node_id for reply in replies]))
+            return made
+
+    strategy = Checkpointed(Own(), tmp_path) if is_checkpointed else Own()
+    own = federate(client({}), strategy, make_model(), 3, rounds=2).arrays.to_torch_state_dict()
+    assert seen == [(3, True)] * 2
+    for key, value in federate(client({}), base(), make_model(), 3, rounds=2).arrays.to_torch_state_dict().items():
+        torch.testing.assert_close(own[key], value)
+
+
+@pytest.mark.parametrize("base", [Guarded, FedPM])
+def test_a_subclass_that_makes_its_requests_alone_is_told_so(base: type[Guarded]) -> None:
+    class Own(base):  # type: ignore[valid-type,misc]
+        def configure_train(
+            self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+        ) -> Iterable[Message]:
+            content = RecordDict({"arrays": arrays, "config": ConfigRecord({"server-round": server_round})})
+            return [Message(content, dst_node_id=node, message_type="train") for node in grid.get_node_ids()]
+
+    with pytest.raises(RuntimeError, match=r"configure_train of Own does not call super\(\)\.configure_train"):
+        federate(client({}), Own(), make_model(), 2)
 
 
 def test_without_training_no_round_fails() -> None:
@@ -216,7 +274,8 @@ def test_whole_numbers_that_would_wrap_around_are_refused(value: int, caplog: py
             super().__init__()
             self.register_buffer("n", torch.tensor([5], dtype=torch.uint8))
 
-    federate(app, Guarded(), Counter(), 2)
+    with pytest.raises(FailedRoundsError, match="no round gave a new model"):
+        federate(app, Guarded(), Counter(), 2)
     assert caplog.text.count("array 'n' has a value beyond 0 or 255") == 2
 
 

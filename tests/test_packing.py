@@ -25,6 +25,7 @@ from hypothesis.extra import numpy as arrays_of
 
 from fedpm_flwr import messages
 from fedpm_flwr.grids import UplinkMeter
+from fedpm_flwr.guarded import FailedRoundsError
 from fedpm_flwr.inline import task_identity
 from fedpm_flwr.packing import PACKED, PackedGrid, PackingError, packed_arrays
 from fedpm_flwr.strategy import FedPM
@@ -174,7 +175,8 @@ def test_a_client_without_the_mod_says_that_it_needs_it(caplog: pytest.LogCaptur
         make_model().load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
         raise AssertionError
 
-    federate(app, FedPM(max_failed_rounds=2), make_model(), 2, wrap=PackedGrid)
+    with pytest.raises(FailedRoundsError, match="no round gave a new model"):
+        federate(app, FedPM(max_failed_rounds=2), make_model(), 2, wrap=PackedGrid)
     assert "mods=[fedpm_flwr.packing.packed_arrays]" in caplog.text
 
 

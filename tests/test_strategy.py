@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from fedpm_flwr import messages
 from fedpm_flwr.curvature import Block, KroneckerRight, LayerCurvature, Spill
+from fedpm_flwr.guarded import FailedRoundsError, Guarded
 from fedpm_flwr.optim import KFAC
 from fedpm_flwr.strategy import FedPM
 from fedpm_flwr.wire import encode
@@ -51,8 +52,8 @@ def data(partition: int) -> tuple[Tensor, Tensor]:
     return torch.randn(5 + partition, 2, generator=generator), torch.ones(5 + partition, 1)
 
 
-def good_client() -> ClientApp:
-    return regression_client(data, make_model, lr=0.5, damping=0.1)
+def good_client(damping: float = 0.1) -> ClientApp:
+    return regression_client(data, make_model, lr=0.5, damping=damping)
 
 
 def curvature_of(
@@ -326,6 +327,71 @@ def test_a_metrics_function_that_fails_does_not_lose_the_round(caplog: pytest.Lo
     assert "metrics could not be aggregated: KeyError('mine')" in caplog.text
 
 
+def test_a_metrics_function_sees_what_the_clients_have_sent_beside_arrays_and_curvature() -> None:
+    good = good_client()
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        reply = good(message, context)
+        metrics = reply.content.metric_records[messages.METRICS]
+        del reply.content[messages.METRICS]
+        reply.content["my-metrics"] = metrics
+        reply.content["mine"] = ConfigRecord({"note": "hello"})
+        return reply
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        content = RecordDict({"my-metrics": MetricRecord({"num-examples": 1})})
+        content["mine"] = ConfigRecord({"note": "hello"})
+        return Message(content, reply_to=message)
+
+    def aggregate(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
+        assert all(set(content) - {"arrays"} == {"my-metrics", "mine"} for content in contents)
+        assert weighted_by == "num-examples"
+        return MetricRecord({"heard": sum(content["mine"]["note"] == "hello" for content in contents)})
+
+    for make in (FedAvg, Guarded, FedPM):
+        functions: dict[str, Any] = {"train_metrics_aggr_fn": aggregate, "evaluate_metrics_aggr_fn": aggregate}
+        result = federate(app, make(**functions), make_model(), 3)
+        heard = (result.train_metrics_clientapp, result.evaluate_metrics_clientapp)
+        assert heard == ({1: MetricRecord({"heard": 3})},) * 2, make
+
+
+def test_how_many_replies_have_curvature_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    good = good_client()
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        reply = good(message, context)
+        if messages.partition_of(context)[0] == 1:
+            del reply.content[messages.CURVATURE]
+        return reply
+
+    with caplog.at_level("INFO", "flwr"):
+        federate(app, FedPM(), make_model(), 3)
+    assert "aggregate_train: Mixed 3 results, 2 of them with curvature" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("damping", "said"), [((0.1, 0.9), ""), ((0.1, 2.0), "'weight' is damped by 0.1 to 2; the larger counts more")]
+)
+def test_clients_that_are_damped_differently_are_told_of_once(
+    damping: tuple[float, float], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = ClientApp()
+    clients = [good_client(damping=one) for one in damping]
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return clients[messages.partition_of(context)[0]](message, context)
+
+    federate(app, FedPM(), make_model(), 2, rounds=3)
+    assert caplog.text.count("clients differ in the units of their curvature") == bool(said)
+    assert said in caplog.text
+
+
 def test_other_record_and_weight_names(caplog: pytest.LogCaptureFixture) -> None:
     client = filling_client(lambda i: {"mass": 1 + 2 * i, "loss": float(i)})
     result = federate(client, FedPM(configrecord_key="settings", weighted_by_key="mass"), make_model(), 2)
@@ -337,12 +403,14 @@ def test_other_record_and_weight_names(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_a_matrix_over_the_limit_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    federate(good_client(), FedPM(max_factor_side=2), make_model(), 2)
+    with pytest.raises(FailedRoundsError, match="no round gave a new model"):
+        federate(good_client(), FedPM(max_factor_side=2), make_model(), 2)
     assert caplog.text.count("side 3, more than the 2 allowed") == 2
 
 
 def test_a_payload_over_the_limit_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    federate(good_client(), FedPM(max_payload_bytes=10), make_model(), 2)
+    with pytest.raises(FailedRoundsError, match="no round gave a new model"):
+        federate(good_client(), FedPM(max_payload_bytes=10), make_model(), 2)
     assert caplog.text.count("more than the 10 allowed") == 2
 
 
@@ -430,8 +498,8 @@ def test_a_mixture_that_is_not_finite_keeps_the_model(caplog: pytest.LogCaptureF
         arrays = message.content.array_records[messages.ARRAYS]
         return reply_with(message, swapped(arrays, "bias", torch.tensor([1e19])), {"num-examples": 1})
 
-    result = federate(app, FedPM(server_learning_rate=1e20), make_model(), 2)
-    assert len(result.arrays) == 0
+    with pytest.raises(FailedRoundsError, match="no round gave a new model"):
+        federate(app, FedPM(server_learning_rate=1e20), make_model(), 2)
     assert "CurvatureError: the mixed 'bias' is not finite: the model stays as it was" in caplog.text
 
 
