@@ -19,7 +19,7 @@ from . import __version__
 from .curvature import LayerCurvature
 from .privacy import refuse_differential_privacy
 from .state import ClientState
-from .wire import encode, in_names, own_copies
+from .wire import check_names, encode, in_names, own_copies
 
 ARRAYS = "arrays"
 """The record of the model, in requests and replies."""
@@ -74,7 +74,11 @@ PARTITION_ACTION = "partition"
 
 @runtime_checkable
 class Preconditioned(Protocol):
-    """An optimizer that says by what it preconditioned."""
+    """An optimizer that says by what it preconditioned.
+
+    If it has a method ``model_arrays``, as those of ``fedpm_flwr.optim``, the server's names are checked by it
+    (``wire.check_names``); else its layers' names have to be those of the model that is exchanged.
+    """
 
     def preconditioners(self) -> list[LayerCurvature]:
         """P of each layer that has one, with the damping it was stepped by."""
@@ -152,7 +156,8 @@ def curvature_record(optimizer: Preconditioned, request: Message) -> ConfigRecor
     Raises:
         TypeError: the optimizer does not say by what it preconditioned, as those of ``fedpm_flwr.optim`` do.
         ValueError: the server asks for a codec that this version does not know; or the ClientApp has one of
-            Flower's mods for differential privacy; or the arrays are not those of the optimizer's model.
+            Flower's mods for differential privacy; or the arrays are not those of the optimizer's model, or
+            need not be.
     """
     codec = asked_codec(request)
     if codec is None:
@@ -164,7 +169,11 @@ def curvature_record(optimizer: Preconditioned, request: Message) -> ConfigRecor
             "itself, not what wraps it; or leave the record out, and the client is averaged"
         )
     arrays = _as_meta(request)
-    payload = encode(in_names(optimizer.preconditioners(), arrays), codec, arrays)
+    own = optimizer.model_arrays() if hasattr(optimizer, "model_arrays") else {}
+    layers = in_names(optimizer.preconditioners(), arrays, own)
+    if layers and own:
+        check_names(arrays, own)
+    payload = encode(layers, codec, arrays)
     return ConfigRecord({PAYLOAD: payload, VERSION: __version__})
 
 

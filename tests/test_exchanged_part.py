@@ -1,6 +1,7 @@
 """Models that are wrapped, tied, or of which a part alone is exchanged: curvature goes by the arrays' names."""
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from fedpm_flwr.mixing import ModelMixer
 from fedpm_flwr.optim import FOOF, Newton, SecondOrder
 from fedpm_flwr.strategy import FedPM
 from fedpm_flwr.training import fit
-from fedpm_flwr.wire import in_names
+from fedpm_flwr.wire import check_names, decode, in_names
 
 from .apps import federate
 
@@ -408,3 +409,107 @@ def test_a_submodule_is_trained_by_naming_its_parameters() -> None:
     found = rounds_of(app_of(loaded, lambda model: model.state_dict(), make), Net().state_dict())
     assert not torch.equal(found["body.weight"], Net().body.weight)
     torch.testing.assert_close(found["head.weight"], Net().head.weight.detach(), rtol=1e-15, atol=0)
+
+
+class Twice(nn.Module):
+    """Two layers of one shape, called ``fc`` in the model and in its encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enc = nn.Sequential(OrderedDict(fc=nn.Linear(3, 3), out=nn.Tanh()))
+        self.fc = nn.Linear(3, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.fc(self.enc(x))
+        return outputs
+
+
+def encoders(state: State) -> dict[str, Tensor]:
+    return {key.removeprefix("enc."): value for key, value in state.items() if key.startswith("enc.")}
+
+
+@pytest.mark.parametrize(
+    ("part", "make", "reason"),
+    [
+        (dict, lambda model: foof(model.enc), "has sent 'enc.fc.weight', 'enc.fc.bias', which the optimizer's"),
+        (encoders, foof, "has sent, 'fc.weight', 'fc.bias', may be the model's or those of its part 'enc'"),
+    ],
+    ids=["the optimizer has the encoder", "the encoder's own names are sent"],
+)
+def test_curvature_of_another_layer_of_that_name_and_shape_is_refused(
+    part: Callable[[State], State],
+    make: Callable[[nn.Module], torch.optim.Optimizer],
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def load(state: State) -> nn.Module:
+        model = Twice()
+        (model if part is dict else model.enc).load_state_dict(state)
+        return model
+
+    with pytest.raises(FailedRoundsError):
+        rounds_of(app_of(load, lambda model: part(model.state_dict()), make), part(Twice().state_dict()))
+    assert caplog.text.count(reason) == CLIENTS
+
+
+def test_of_two_layers_of_one_name_each_is_sent_under_its_own() -> None:
+    """The way that the message names: the model, and which of its parameters to train."""
+
+    def load(state: State) -> nn.Module:
+        (model := Twice()).load_state_dict(state)
+        return model
+
+    def make(model: nn.Module) -> SecondOrder:
+        assert isinstance(model, Twice)
+        return FOOF(model, model.enc.parameters(), lr=0.3, damping=0.1)
+
+    app, watching, sent = app_of(load, lambda model: model.state_dict(), make), ClientApp(), set[tuple[str, ...]]()
+
+    @watching.train()
+    def train(msg: Message, context: Context) -> Message:
+        reply = app(msg, context)
+        payload = reply.content.config_records["curvature"][messages.PAYLOAD]
+        assert isinstance(payload, bytes)
+        shapes = {key: value.shape for key, value in Twice().state_dict().items()}
+        sent.update(one.block.parameters for one in decode(payload, shapes))
+        return reply
+
+    found = rounds_of(watching, Twice().state_dict())
+    assert sent == {("enc.fc.weight", "enc.fc.bias")}
+    assert not torch.equal(found["enc.fc.weight"], Twice().state_dict()["enc.fc.weight"])
+
+
+def shaped(*names: str, size: int = 2) -> dict[str, Tensor]:
+    return dict.fromkeys(names, torch.empty(size, device="meta"))
+
+
+def test_names_of_a_part_that_no_other_part_has_are_the_models() -> None:
+    model = shaped("fc.w", "enc.fc.w", "enc.b") | shaped("deep.enc.fc.w", size=3)
+    for part in ("enc.fc.w", "enc.b"), ("fc.w", "enc.b"), tuple(model), ("module.enc._orig_mod.fc.w",):
+        sent = {name: model.get(name, model["enc.fc.w"]) for name in part}
+        check_names(sent, model)  # the deep one is of another shape
+    with pytest.raises(ValueError, match=r"has sent, 'fc\.w', may be the model's or those of its part 'enc'"):
+        check_names(shaped("fc.w"), model)
+    with pytest.raises(ValueError, match=r"has sent 'fc\.w', which the optimizer's model does not have"):
+        check_names(shaped("fc.w", size=3), model)
+
+
+def test_all_kinds_of_adapters_are_found_in_the_names_that_peft_sends() -> None:
+    """Without the adapter's name, which stands last in some; and DoRA's without ``weight``."""
+    inside = ["q.lora_A.default.weight", "q.lora_magnitude_vector.default.weight", "e.lora_embedding_A.default"]
+    sent = ["q.lora_A.weight", "q.lora_magnitude_vector", "e.lora_embedding_A"]
+    check_names(shaped(*sent), shaped(*inside, "q.base_layer.weight"))
+    with pytest.raises(ValueError, match=r"has sent 'v\.lora_A\.weight'"):
+        check_names(shaped(*sent, "v.lora_A.weight"), shaped(*inside))
+
+
+def test_prefixes_that_tell_two_of_the_models_arrays_apart_are_not_passed_over() -> None:
+    """A module called ``module`` is no wrapper."""
+    own = ["module.fc.weight", "fc.weight"]
+    with pytest.raises(ValueError, match="none of the optimizer's layers"):
+        in_names([layer("module.fc.weight")], ["fc.weight"], own)
+    check_names(shaped("module.fc.weight"), shaped(*own))
+    with pytest.raises(ValueError, match="may be the model's or those of its part 'module'"):
+        check_names(shaped("fc.weight"), shaped(*own))

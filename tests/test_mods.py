@@ -1,6 +1,9 @@
 """Flower's mods of ClientApps around FedPM's client: those that count may stay, those for privacy are refused."""
 
 import logging
+import multiprocessing
+import warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from fedpm_flwr.guarded import FailedRoundsError, Guarded
 from fedpm_flwr.packing import PackedGrid, packed_arrays
+from fedpm_flwr.privacy import refuse_differential_privacy
 from fedpm_flwr.strategy import FedPM
 
 from .apps import federate
@@ -83,6 +87,47 @@ def test_mods_for_privacy_let_no_curvature_pass(mod: Mod, caplog: pytest.LogCapt
         )
     name = getattr(mod, "__name__", type(mod).__name__)
     assert caplog.text.count(f"{name} protects parameters, not curvature: take a strategy without") == 3
+
+
+@pytest.mark.parametrize("mod", [fixedclipping_mod, LocalDpMod(1.0, 1.0, 1.0, 0.1)])
+@pytest.mark.parametrize("workers", ["threads", "forks"])
+def test_nor_from_a_worker_of_the_client(mod: Mod, workers: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A thread does not have the mod among its callers; a fork has its parent's."""
+    app, good = ClientApp(mods=[mod]), good_client()
+
+    @app.train()
+    def train(msg: Message, context: Context) -> Message:
+        if workers == "threads":
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(good, msg, context).result()
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as forks:
+            forks.submit(refuse_differential_privacy).result()
+        raise AssertionError("not refused")
+
+    with pytest.raises(FailedRoundsError):
+        federate(
+            app,
+            FedPM(fraction_evaluate=0.0, max_failed_rounds=1),
+            make_model(),
+            3,
+            train_config=ConfigRecord({"clipping_norm": CLIPPING}),
+        )
+    name = getattr(mod, "__name__", type(mod).__name__)
+    assert caplog.text.count(f"{name} protects parameters, not curvature: take a strategy without") == 3
+
+
+def test_a_process_of_its_own_says_that_it_cannot_see_mods() -> None:
+    """And nothing is said where nobody has made a process of it, as in a test or notebook."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, warnings.simplefilter, ("error", UserWarning)) as pool:
+        alone = pool.submit(refuse_differential_privacy)
+        with pytest.raises(UserWarning, match="cannot be seen whether the ClientApp has mods for differential"):
+            alone.result()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refuse_differential_privacy()
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(refuse_differential_privacy).result()
 
 
 @pytest.mark.parametrize("mod", [fixedclipping_mod, adaptiveclipping_mod])

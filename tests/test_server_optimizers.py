@@ -203,6 +203,63 @@ def test_the_statistics_of_batchnorm_are_mixed_and_not_stepped(make: Callable[[]
     assert float(state["1.bias"].max()) < 0
 
 
+class WithBuffers(nn.Module):
+    """Buffers of every sort, one called as no library would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        self.register_buffer("ema_var", torch.ones(2, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seen", torch.tensor([True, False]))
+        self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+
+
+def buffers_of(model: nn.Module) -> set[str]:
+    """As docs/adopt.md has it."""
+    return model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda **more: FedPMAvgM(server_momentum=0.9, **more), FedPMAdam, FedPMYogi, FedPMAdagrad]
+)
+@pytest.mark.parametrize("names_buffers", [False, True])
+def test_buffers_of_any_name(make: Callable[..., FedPM], names_buffers: bool, tmp_path: Path) -> None:
+    """Whole numbers and infinities are never stepped; floating-point buffers are not if they are named."""
+    app, model = ClientApp(), WithBuffers()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        number = messages.server_round_of(message)
+        new = dict(message.content.array_records[messages.ARRAYS].to_torch_state_dict())
+        new["weight"], new["count"] = new["weight"] - 0.1, new["count"] + 12
+        new["ema_var"] = torch.full_like(new["ema_var"], max(1.0 - 0.9 * number, 0.01))
+        return reply_with(message, ArrayRecord(new), {"num-examples": 1})
+
+    tell_partitions(app)
+
+    def run(rounds: int, folder: str, **more: Any) -> State:
+        unstepped = buffers_of(model) if names_buffers else ()
+        strategy = Checkpointed(make(unstepped=unstepped, **options()), tmp_path / folder, **more)
+        return dict(federate(app, strategy, model, CLIENTS, rounds, wrap=ordered).arrays.to_torch_state_dict())
+
+    state = run(3, "whole")
+    assert (int(state["count"]), state["count"].dtype) == (36, torch.int64)
+    assert torch.equal(state["seen"], model.state_dict()["seen"])
+    assert torch.equal(state["mask"], model.state_dict()["mask"])
+    assert float(state["weight"].max()) < 1
+    assert bool((state["ema_var"] == 0.01).all()) == names_buffers
+    run(2, "broken")
+    for key, value in run(3, "broken", resume=tmp_path / "broken").items():
+        assert torch.equal(value, state[key])
+
+
+def test_unstepped_names_that_the_model_does_not_have_are_refused() -> None:
+    strategy = FedPMAvgM(**options(server_momentum=0.9, unstepped=["weight", "running"]))
+    with pytest.raises(ValueError, match=r"unstepped names \['running'\], which are not among the model's arrays"):
+        federate(plain_client(), strategy, make_model(), CLIENTS)
+
+
 def test_metrics_are_aggregated_once_and_by_the_users_function() -> None:
     seen: list[int] = []
 

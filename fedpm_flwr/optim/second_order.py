@@ -116,9 +116,8 @@ class SecondOrder(torch.optim.Optimizer):
         # What arrives of P by an exact codec is P: no need to pack it before the step.
         self._codec = None if codec and all(is_exact(codec, dtype) for dtype in dtypes) else codec
         self._sent: dict[Block, LayerCurvature] | None = None  # not yet decided
-        # Of the model as it travels, buffers too: shapes and bytes alone.
-        arrays = model.state_dict() if self._codec else {}
-        self._arrays = {key: value.to("meta") for key, value in arrays.items() if isinstance(value, Tensor)}
+        self._model = model
+        self._arrays = self.model_arrays() if self._codec else {}
         self._parameters = dict(model.named_parameters())
         self._estimator = estimator([p for group in self.param_groups for p in group["params"]])
         self._unmeasured: set[Block] = set()
@@ -187,6 +186,11 @@ class SecondOrder(torch.optim.Optimizer):
         if self._sent is not None:
             return [replace(self._sent[b], damping=state["damping"]) for b, state in stepped if b in self._sent]
         return [LayerCurvature(block, _curvature(state), state["damping"]) for block, state in stepped]
+
+    def model_arrays(self) -> dict[str, Tensor]:
+        """The model that it was given as it travels, buffers too: names, shapes and dtypes alone."""
+        arrays = self._model.state_dict().items()
+        return {key: value.to("meta") for key, value in arrays if isinstance(value, Tensor)}
 
     def warm_start(self, layers: Iterable[LayerCurvature]) -> None:
         """Begin each of these blocks' running average with this P, as ``preconditioners`` of another tell it.
