@@ -4,6 +4,7 @@ The names are those of ``[tool.flwr.app.config]`` in pyproject.toml and of ``--r
 """
 
 import dataclasses
+import difflib
 import json
 import math
 import re
@@ -218,7 +219,9 @@ class Config:
         types = {_key(setting): setting for setting in dataclasses.fields(cls)}
         unknown = sorted(set(run_config) - set(types))
         if unknown:
-            raise ConfigError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(types)}")
+            near = difflib.get_close_matches(unknown[0], types, n=1)
+            meant = f" (do you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"unknown setting {unknown[0]!r}{meant}; allowed: {', '.join(types)}")
         return cls(**{types[key].name: run_config[key] for key in run_config})
 
     def changed_since(self, before: Mapping[str, Any]) -> list[str]:

@@ -71,6 +71,10 @@ def _config(settings: list[str], nodes: int) -> Config:
     values: dict[str, Any] = {"min-available-nodes": nodes, **parse_settings(settings)}
     config = Config.from_run_config(values)
     config.check_nodes(nodes)
+    for key, value in (("dataset", config.dataset), ("resume", config.resume)):
+        path = Path(value.rpartition(":")[2])  # else Flower is started first, and then says so
+        if path.is_absolute() and not path.exists():
+            raise ConfigError(f"{key}={value!r}: there is no {path} on this machine")
     if not config.output and not config.resume:
         folder = CHECKOUT / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{config.algorithm}"
         config = Config.from_run_config({**config.to_run_config(), "output": str(folder)})

@@ -212,7 +212,9 @@ def test_a_stopped_run_leaves_no_process_behind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("learning_rate=1", "unknown setting 'learning_rate'; allowed: algorithm"),
+        ("learning_rate=1", "unknown setting 'learning_rate' (do you mean 'learning-rate'?); allowed: algorithm"),
+        ("dataset=npz:/nowhere/x.npz", "dataset='npz:/nowhere/x.npz': there is no /nowhere/x.npz on this machine"),
+        ("resume=/nowhere", "resume='/nowhere': there is no /nowhere on this machine"),
         ("alpha=0", "alpha=0.0 is not allowed; allowed: number > 0"),
         ("alpha", "'alpha' is not of the form KEY=VALUE"),
         ("--nodes=0", "--nodes=0 is not allowed"),
