@@ -10,7 +10,7 @@ from curvlinops import KFACLinearOperator
 from torch import Tensor, nn
 
 from fedpm_flwr.curvature import Kronecker, from_matrix, to_matrix
-from fedpm_flwr.estimators import KroneckerFactors
+from fedpm_flwr.estimators import GaussNewtonBartlett, KroneckerFactors
 
 Loss = nn.CrossEntropyLoss | nn.MSELoss
 LOSSES: dict[str, Loss] = {"cross-entropy": nn.CrossEntropyLoss(), "mse": nn.MSELoss()}
@@ -362,3 +362,27 @@ def test_a_model_that_returns_no_tensor_is_refused_unless_it_has_logits() -> Non
     estimator = KroneckerFactors(model, "exact")
     with pytest.raises(TypeError, match="needs a model that returns one tensor"):
         model(x)
+
+
+@pytest.mark.parametrize("make", [KroneckerFactors, GaussNewtonBartlett])
+def test_cross_entropy_of_one_output_is_refused(
+    make: Callable[[nn.Module], KroneckerFactors | GaussNewtonBartlett],
+) -> None:
+    """Its softmax is always 1: G would be exactly 0, and P the damping alone."""
+    model = nn.Linear(3, 1)
+    estimator = make(model)
+    with pytest.raises(ValueError, match='two outputs for two classes, loss="mse" if .* or else FOOF'):
+        model(torch.randn(4, 3))
+    model.eval()
+    model(torch.randn(4, 3))  # which is not measured
+    assert estimator.collect() == {}
+
+
+def test_of_one_output_the_empirical_factor_is_of_the_loss_that_is_trained() -> None:
+    model = nn.Linear(3, 1).double()
+    x, y = torch.randn(4, 3).double(), torch.tensor([[0.0], [1.0], [1.0], [0.0]]).double()
+    estimator = KroneckerFactors(model, "empirical")
+    F.binary_cross_entropy_with_logits(z := model(x), y).backward()
+    (P,) = estimator.collect().values()
+    assert isinstance(P, Kronecker)
+    torch.testing.assert_close(P.left, (z.sigmoid() - y).detach().square().mean(0, keepdim=True))

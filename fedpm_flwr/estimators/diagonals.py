@@ -79,7 +79,7 @@ class GaussNewtonBartlett(_Diagonals):
 
     def _after_forward(self, model: nn.Module, args: object, outputs: object) -> None:
         due = self._due()
-        logits = as_logits(outputs) if due else None
+        logits = as_logits(outputs, self._loss) if due else None
         if logits is None or not logits.numel() or not logits.requires_grad:
             return
         examples = logits[..., 0].numel()

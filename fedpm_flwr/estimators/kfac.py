@@ -118,7 +118,7 @@ class KroneckerFactors:
     def _after_forward(self, model: nn.Module, args: object, outputs: object) -> None:
         if not self.recording:
             return
-        logits = as_logits(outputs)
+        logits = as_logits(outputs, None if self._fisher == "empirical" else self._loss)
         examples = logits[..., 0].numel()
         self._examples += examples
         if self._fisher == "empirical":

@@ -23,11 +23,16 @@ def check_loss(loss: str) -> str:
     return loss
 
 
-def as_logits(outputs: object) -> Tensor:
+def as_logits(outputs: object, loss: str | None) -> Tensor:
     """The outputs as [examples, positions, classes], float32 at least; ``outputs.logits`` if they are no tensor.
+
+    Args:
+        outputs: what a model has returned.
+        loss: the one whose curvature is drawn from them; None where they are only counted.
 
     Raises:
         TypeError: there is no such tensor.
+        ValueError: the loss is ``cross-entropy``, and of one class, whose probability is always 1.
     """
     wrapped = not isinstance(outputs, Tensor)
     outputs = getattr(outputs, "logits", None) if wrapped else outputs
@@ -35,6 +40,11 @@ def as_logits(outputs: object) -> Tensor:
     if not isinstance(outputs, Tensor) or outputs.ndim < 2 or (wrapped and outputs.ndim > 2):
         raise TypeError("curvature by outputs needs a model that returns one tensor [examples, classes, ...]")
     rows: Tensor = outputs.movedim(1, -1)
+    if loss == "cross-entropy" and rows.shape[-1] == 1:
+        raise ValueError(
+            "cross-entropy of one output has no curvature, which would leave damping alone: two outputs for two "
+            'classes, loss="mse" if a squared error is trained, or else FOOF, which does not see the loss'
+        )
     return at_least_float32(rows[:, None] if rows.ndim == 2 else rows.flatten(1, -2))
 
 
