@@ -24,6 +24,7 @@ from ..estimators.hooks import unwrapped
 from ..wire import is_exact, pack_layers
 from .checks import check_model
 from .inversion import CALLS_FROM_STEP, are_finite, invert
+from .stale import StaleCurvature
 from .state import from_state, restore, to_state
 
 Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
@@ -122,6 +123,7 @@ class SecondOrder(torch.optim.Optimizer):
         self._parameters = dict(model.named_parameters())
         self._estimator = estimator([p for group in self.param_groups for p in group["params"]])
         self._unmeasured: set[Block] = set()
+        self._stale = StaleCurvature()
         self._known = {p for group in self.param_groups for p in group["params"] if p.requires_grad}
         self._schedule()
 
@@ -157,6 +159,9 @@ class SecondOrder(torch.optim.Optimizer):
             self._update(self._state_of(block), curvature)
         if self._codec and measured:
             self._step_by_what_arrives(self._codec, measured)
+        if self._is_due():
+            old = [b for b in self._estimator.blocks if b not in measured and "curvature" in self._state_of(b)]
+            self._stale.name(old, self._parameters)
         groups = {p: group for group in self.param_groups for p in group["params"]}
         updates = self._updates(groups)
         if self._clip and updates:
@@ -216,6 +221,7 @@ class SecondOrder(torch.optim.Optimizer):
     def detach(self) -> None:
         """Take the hooks off the model; the optimizer then steps with what it has measured."""
         self._estimator.detach()
+        self._stale.is_meant = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of any optimizer; curvature keeps the precision that it was saved with."""
@@ -346,10 +352,13 @@ class SecondOrder(torch.optim.Optimizer):
     def _steps(self) -> int:
         return int(self.param_groups[0]["step"])
 
+    def _is_due(self) -> bool:
+        """Whether the coming step refreshes P."""
+        return self._steps() % self._refresh == 0
+
     def _schedule(self) -> None:
         """Measure in the coming forward passes if the next step refreshes P, or where there is none yet."""
-        due = self._steps() % self._refresh == 0
-        blocks = self._estimator.blocks
+        due, blocks = self._is_due(), self._estimator.blocks
         self._estimator.recording = [b for b in blocks if due or "curvature" not in self._state_of(b)]
 
 
