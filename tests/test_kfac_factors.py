@@ -1,6 +1,7 @@
 """K-FAC's factors against curvlinops, per-example sums by autograd, and the exact Gauss-Newton matrix."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def batch(loss: str, examples: int = 6) -> tuple[Tensor, Tensor]:
 def measure(
     model: nn.Module, x: Tensor, y: Tensor, loss: str, fisher: str, **options: Any
 ) -> dict[str, Kronecker]:
-    estimator = KroneckerFactors(model, fisher, loss, **options)
+    estimator = KroneckerFactors(model, fisher, loss, **{"class_dim": 1, **options})
     LOSSES[loss](model(x), y).backward()
     found = estimator.collect()
     assert all(isinstance(P, Kronecker) for P in found.values())
@@ -243,6 +244,38 @@ def test_outputs_with_positions_count_every_position_as_an_example(fisher: str) 
     two = measure(nn.Sequential(linear), x.flatten(0, 1), y.flatten(), "cross-entropy", fisher)["0"]
     torch.testing.assert_close(one.left, two.left)
     torch.testing.assert_close(one.right, two.right)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical", "sampled"])
+def test_classes_may_be_last_if_that_is_said(fisher: str) -> None:
+    """As of language models: [examples, positions, classes], here with as many positions as classes."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(3, 4)).double()
+    x, y = torch.randn(5, 4, 3, dtype=torch.float64), torch.randint(0, 4, (5, 4))
+    flat = KroneckerFactors(model, fisher)
+    F.cross_entropy(model(x.flatten(0, 1)), y.flatten()).backward()
+    flat.detach()
+    last = KroneckerFactors(model, fisher, class_dim=-1)
+    F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    for block, P in last.collect().items():
+        torch.testing.assert_close(P.parts(), flat.collect()[block].parts())
+
+
+@pytest.mark.parametrize("make", [KroneckerFactors, GaussNewtonBartlett, partial(KroneckerFactors, fisher="empirical")])
+def test_where_classes_are_is_not_guessed(
+    make: Callable[..., KroneckerFactors | GaussNewtonBartlett],
+) -> None:
+    x = torch.randn(5, 4, 3)
+    for options, message in (
+        ({}, r"outputs of shape \(5, 4, 2\): which dimension holds the classes\?"),
+        ({"class_dim": 0}, r"class_dim=0 of outputs of shape \(5, 4, 2\)"),
+        ({"class_dim": 3}, r"class_dim=3 of outputs of shape \(5, 4, 2\)"),
+    ):
+        model = nn.Linear(3, 2)
+        estimator = make(model, **options)
+        with pytest.raises(ValueError, match=message):
+            model(x)
+        estimator.detach()
 
 
 class Transposed(nn.Module):
