@@ -154,6 +154,7 @@ class SecondOrder(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_gradients(CALLS_FROM_STEP)
         measured = self._estimator.collect()
         for block, curvature in measured.items():
             self._update(self._state_of(block), curvature)
@@ -231,6 +232,9 @@ class SecondOrder(torch.optim.Optimizer):
         for index, p in zip(saved, own, strict=True):
             restore(self.state.get(p, {}), state_dict["state"].get(index, {}), p.device)
         self._schedule()
+
+    def _check_gradients(self, stacklevel: int) -> None:
+        """What gradients say against what was measured, before it is collected; nothing, but in ``FOOF``."""
 
     def _update(self, state: dict[str, Any], measured: Curvature) -> None:
         """Take a measurement into the running average, part by part: K-FAC's two factors each for itself."""
