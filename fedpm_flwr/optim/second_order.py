@@ -224,6 +224,18 @@ class SecondOrder(torch.optim.Optimizer):
         self._estimator.detach()
         self._stale.is_meant = True
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused, for ``copy`` and ``pickle``: hooks on the model's layers are not copied with it.
+
+        Raises:
+            TypeError: always.
+        """
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} cannot be copied or pickled: it watches the layers of one model. Make another, {name}(copied_model, "
+            "...), and give it load_state_dict(optimizer.state_dict())"
+        )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of any optimizer; curvature keeps the precision that it was saved with."""
         super().load_state_dict(state_dict)
