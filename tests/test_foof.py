@@ -340,12 +340,11 @@ def test_an_embedding_that_is_used_functionally_too_takes_plain_steps(by_closure
         return 0.0
 
     before = model.embedding.weight.detach().clone()
+    if not by_closure:
+        closure()
+    take = (lambda: optimizer.step(closure)) if by_closure else optimizer.step
     with pytest.warns(UserWarning, match="layer 'embedding': rows that were not looked up have gradients") as said:
-        if by_closure:
-            optimizer.step(closure)
-        else:
-            closure()
-            optimizer.step()
+        take()
     assert len(said) == 1
     assert said[0].filename == __file__
     assert model.embedding.weight.grad is not None

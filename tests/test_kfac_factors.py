@@ -248,10 +248,10 @@ def test_outputs_with_positions_count_every_position_as_an_example(fisher: str) 
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical", "sampled"])
 def test_classes_may_be_last_if_that_is_said(fisher: str) -> None:
-    """As of language models: [examples, positions, classes], here with as many positions as classes."""
+    """As of language models: [examples, positions, classes]."""
     torch.manual_seed(2)
     model = nn.Sequential(nn.Linear(3, 4)).double()
-    x, y = torch.randn(5, 4, 3, dtype=torch.float64), torch.randint(0, 4, (5, 4))
+    x, y = torch.randn(5, 6, 3, dtype=torch.float64), torch.randint(0, 4, (5, 6))
     flat = KroneckerFactors(model, fisher)
     F.cross_entropy(model(x.flatten(0, 1)), y.flatten()).backward()
     flat.detach()
@@ -261,7 +261,9 @@ def test_classes_may_be_last_if_that_is_said(fisher: str) -> None:
         torch.testing.assert_close(P.parts(), flat.collect()[block].parts())
 
 
-@pytest.mark.parametrize("make", [KroneckerFactors, GaussNewtonBartlett, partial(KroneckerFactors, fisher="empirical")])
+@pytest.mark.parametrize(
+    "make", [KroneckerFactors, GaussNewtonBartlett, partial(KroneckerFactors, fisher="empirical")]
+)
 def test_where_classes_are_is_not_guessed(
     make: Callable[..., KroneckerFactors | GaussNewtonBartlett],
 ) -> None:
@@ -404,7 +406,7 @@ def test_cross_entropy_of_one_output_is_refused(
     """Its softmax is always 1: G would be exactly 0, and P the damping alone."""
     model = nn.Linear(3, 1)
     estimator = make(model)
-    with pytest.raises(ValueError, match='two outputs for two classes, loss="mse" if .* or else FOOF'):
+    with pytest.raises(ValueError, match=r'two outputs for two classes, loss="mse" if .* or else FOOF'):
         model(torch.randn(4, 3))
     model.eval()
     model(torch.randn(4, 3))  # which is not measured

@@ -147,7 +147,9 @@ class TestEvery:
     def test_copies_are_refused(self, make: Make, how: Callable[[object], object]) -> None:
         """They would not watch a model: the hooks stay with the optimizer that was made with it."""
         optimizer = make(network())
-        with pytest.raises(TypeError, match=f"{type(optimizer).__name__} cannot be copied or pickled: .* Make another"):
+        with pytest.raises(
+            TypeError, match=f"{type(optimizer).__name__} cannot be copied or pickled: .* Make another"
+        ):
             how(optimizer)
 
     def test_curvature_keeps_its_precision_in_a_half_precision_model(self, make: Make) -> None:

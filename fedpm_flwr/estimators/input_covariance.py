@@ -95,7 +95,7 @@ class InputCovariance:
         return [layer.block for layer in self.layers]
 
     def lookups(self) -> dict[Block, Tensor]:
-        """How often each row of each embedding was looked up since the last ``collect``; of those that were used."""
+        """How often each row of each embedding was looked up since the last ``collect``; of those in use."""
         used = {block: moments for block, moments in self._moments.items() if any(moments.counts)}
         return {b: m.totals[0] for b, m in used.items() if isinstance(m.layer.modules[0], nn.Embedding)}
 

@@ -35,8 +35,8 @@ def as_logits(outputs: object, loss: str | None, class_dim: int | None = None) -
 
     Raises:
         TypeError: there is no such tensor.
-        ValueError: the loss is ``cross-entropy``, and of one class, whose probability is always 1; or ``class_dim`` is missing or does
-            not fit.
+        ValueError: the loss is ``cross-entropy``, and of one class, whose probability is always 1; or
+            ``class_dim`` is missing, or does not fit.
     """
     wrapped = not isinstance(outputs, Tensor)
     outputs = getattr(outputs, "logits", None) if wrapped else outputs
@@ -45,12 +45,15 @@ def as_logits(outputs: object, loss: str | None, class_dim: int | None = None) -
         raise TypeError("curvature by outputs needs a model that returns one tensor [examples, classes, ...]")
     if class_dim is None and outputs.ndim > 2 and loss != "mse":
         raise ValueError(
-            f"outputs of shape {tuple(outputs.shape)}: which dimension holds the classes? class_dim=1 where they are "
-            "second, as torch's cross_entropy takes them, class_dim=-1 where they are last, as in language models"
+            f"outputs of shape {tuple(outputs.shape)}: which dimension holds the classes? class_dim=1 where they "
+            "are second, as torch's cross_entropy takes them, class_dim=-1 where they are last, as in "
+            "language models"
         )
     class_dim = 1 if class_dim is None else class_dim
     if class_dim == 0 or not -outputs.ndim < class_dim < outputs.ndim:
-        raise ValueError(f"class_dim={class_dim} of outputs of shape {tuple(outputs.shape)}: not one of 1, -1, ...")
+        raise ValueError(
+            f"class_dim={class_dim} of outputs of shape {tuple(outputs.shape)}: not one of 1, -1, ..."
+        )
     rows: Tensor = outputs.movedim(class_dim, -1)
     if loss == "cross-entropy" and rows.shape[-1] == 1:
         raise ValueError(

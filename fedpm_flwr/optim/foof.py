@@ -73,8 +73,9 @@ class FOOF(SecondOrder):
             if bool(((counts == 0) & (gradient != 0).any(dim=1)).any()):
                 estimator.leave_out(block)
                 warnings.warn(
-                    f"layer {block.name!r}: rows that were not looked up have gradients (is its weight used elsewhere "
-                    "too, as by F.linear, or in a term of the loss?): no curvature, averaged instead of mixed",
+                    f"layer {block.name!r}: rows that were not looked up have gradients (is its weight used "
+                    "elsewhere too, as by F.linear, or in a term of the loss?): no curvature, averaged "
+                    "instead of mixed",
                     stacklevel=stacklevel,
                 )
 

@@ -232,8 +232,8 @@ class SecondOrder(torch.optim.Optimizer):
         """
         name = type(self).__name__
         raise TypeError(
-            f"{name} cannot be copied or pickled: it watches the layers of one model. Make another, {name}(copied_model, "
-            "...), and give it load_state_dict(optimizer.state_dict())"
+            f"{name} cannot be copied or pickled: it watches the layers of one model. Make another, "
+            f"{name}(copied_model, ...), and give it load_state_dict(optimizer.state_dict())"
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -27,9 +27,9 @@ class StaleCurvature:
         if new:
             self._named.update(new)
             warnings.warn(
-                f"the curvature of layer {new[0].name!r} and {len(new) - 1} others was not measured anew in a step "
-                "that was to (is the model in evaluation mode since, or optimizer.measure(loss) no longer called?): "
-                "steps go on by what was measured before",
+                f"the curvature of layer {new[0].name!r} and {len(new) - 1} others was not measured anew in a "
+                "step that was to (is the model in evaluation mode since, or optimizer.measure(loss) no longer "
+                "called?): steps go on by what was measured before",
                 stacklevel=CALLS_FROM_STEP,
             )
 
