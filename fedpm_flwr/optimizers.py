@@ -86,11 +86,11 @@ def _foof(config: Config, model: nn.Module, codec: str | None, seed: int) -> Sec
 
 
 def _kfac(config: Config, model: nn.Module, codec: str | None, seed: int) -> SecondOrder:
-    return KFAC(model, fisher=config.fisher, seed=seed, **_layerwise(config, codec))
+    return KFAC(model, fisher=config.fisher, seed=seed, class_dim=1, **_layerwise(config, codec))
 
 
 def _sophia(config: Config, model: nn.Module, codec: str | None, seed: int) -> SecondOrder:
-    return Sophia(model, gamma=config.sophia_gamma, seed=seed, **_steps(config, codec))
+    return Sophia(model, gamma=config.sophia_gamma, seed=seed, class_dim=1, **_steps(config, codec))
 
 
 def _ltda(config: Config, model: nn.Module, codec: str | None, seed: int) -> SecondOrder:

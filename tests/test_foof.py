@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedpm_flwr.curvature import CurvatureError, KroneckerRight
-from fedpm_flwr.optim import FOOF
+from fedpm_flwr.optim import FOOF, correct_gradients
 
 
 def moment(x: Tensor) -> Tensor:
@@ -313,3 +314,56 @@ def test_cuda_gives_what_the_cpu_gives(x: Tensor) -> None:
             optimizer.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q.cpu())
+
+
+class LanguageModel(nn.Module):
+    """Its output layer is the embedding's weight, functionally or as a tied layer of its own."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.body, self.tied = nn.Embedding(9, 4), nn.Linear(4, 4), tied
+        self.head = nn.Linear(4, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.body(self.embedding(x)))
+        return F.linear(h, self.embedding.weight) if self.tied else self.head(h)
+
+
+@pytest.mark.parametrize("by_closure", [False, True])
+def test_an_embedding_that_is_used_functionally_too_takes_plain_steps(by_closure: bool) -> None:
+    model, x = LanguageModel(), torch.tensor([0, 1, 1, 2])
+    optimizer = FOOF(model, lr=0.5, damping=0.1)
+
+    def closure() -> float:
+        F.cross_entropy(model(x), (x + 1) % 9).backward()
+        return 0.0
+
+    before = model.embedding.weight.detach().clone()
+    if not by_closure:
+        closure()
+    take = (lambda: optimizer.step(closure)) if by_closure else optimizer.step
+    with pytest.warns(UserWarning, match="layer 'embedding': rows that were not looked up have gradients") as said:
+        take()
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    assert model.embedding.weight.grad is not None
+    torch.testing.assert_close(model.embedding.weight.detach(), before - 0.5 * model.embedding.weight.grad)
+    assert [layer.block.name for layer in optimizer.preconditioners()] == ["body"]
+    closure()
+    optimizer.step()
+    assert [layer.block.name for layer in optimizer.preconditioners()] == ["body"]
+
+
+def test_what_is_added_to_gradients_is_not_taken_for_another_use() -> None:
+    """Control variates and proximal terms reach rows that no example looks up, as weight decay does."""
+    model, x = LanguageModel(tied=False), torch.tensor([0, 1, 1, 2])
+    optimizer = FOOF(model, lr=0.5, damping=0.1, weight_decay=0.1)
+    correct_gradients(optimizer, torch.ones_like)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            F.cross_entropy(model(x), (x + 1) % 9).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [layer.block.name for layer in optimizer.preconditioners()] == ["embedding", "body", "head"]

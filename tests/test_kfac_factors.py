@@ -1,6 +1,7 @@
 """K-FAC's factors against curvlinops, per-example sums by autograd, and the exact Gauss-Newton matrix."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from curvlinops import KFACLinearOperator
 from torch import Tensor, nn
 
 from fedpm_flwr.curvature import Kronecker, from_matrix, to_matrix
-from fedpm_flwr.estimators import KroneckerFactors
+from fedpm_flwr.estimators import GaussNewtonBartlett, KroneckerFactors
 
 Loss = nn.CrossEntropyLoss | nn.MSELoss
 LOSSES: dict[str, Loss] = {"cross-entropy": nn.CrossEntropyLoss(), "mse": nn.MSELoss()}
@@ -42,7 +43,7 @@ def batch(loss: str, examples: int = 6) -> tuple[Tensor, Tensor]:
 def measure(
     model: nn.Module, x: Tensor, y: Tensor, loss: str, fisher: str, **options: Any
 ) -> dict[str, Kronecker]:
-    estimator = KroneckerFactors(model, fisher, loss, **options)
+    estimator = KroneckerFactors(model, fisher, loss, **{"class_dim": 1, **options})
     LOSSES[loss](model(x), y).backward()
     found = estimator.collect()
     assert all(isinstance(P, Kronecker) for P in found.values())
@@ -245,6 +246,40 @@ def test_outputs_with_positions_count_every_position_as_an_example(fisher: str) 
     torch.testing.assert_close(one.right, two.right)
 
 
+@pytest.mark.parametrize("fisher", ["exact", "empirical", "sampled"])
+def test_classes_may_be_last_if_that_is_said(fisher: str) -> None:
+    """As of language models: [examples, positions, classes]."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(3, 4)).double()
+    x, y = torch.randn(5, 6, 3, dtype=torch.float64), torch.randint(0, 4, (5, 6))
+    flat = KroneckerFactors(model, fisher)
+    F.cross_entropy(model(x.flatten(0, 1)), y.flatten()).backward()
+    flat.detach()
+    last = KroneckerFactors(model, fisher, class_dim=-1)
+    F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    for block, P in last.collect().items():
+        torch.testing.assert_close(P.parts(), flat.collect()[block].parts())
+
+
+@pytest.mark.parametrize(
+    "make", [KroneckerFactors, GaussNewtonBartlett, partial(KroneckerFactors, fisher="empirical")]
+)
+def test_where_classes_are_is_not_guessed(
+    make: Callable[..., KroneckerFactors | GaussNewtonBartlett],
+) -> None:
+    x = torch.randn(5, 4, 3)
+    for options, message in (
+        ({}, r"outputs of shape \(5, 4, 2\): which dimension holds the classes\?"),
+        ({"class_dim": 0}, r"class_dim=0 of outputs of shape \(5, 4, 2\)"),
+        ({"class_dim": 3}, r"class_dim=3 of outputs of shape \(5, 4, 2\)"),
+    ):
+        model = nn.Linear(3, 2)
+        estimator = make(model, **options)
+        with pytest.raises(ValueError, match=message):
+            model(x)
+        estimator.detach()
+
+
 class Transposed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mT
@@ -362,3 +397,27 @@ def test_a_model_that_returns_no_tensor_is_refused_unless_it_has_logits() -> Non
     estimator = KroneckerFactors(model, "exact")
     with pytest.raises(TypeError, match="needs a model that returns one tensor"):
         model(x)
+
+
+@pytest.mark.parametrize("make", [KroneckerFactors, GaussNewtonBartlett])
+def test_cross_entropy_of_one_output_is_refused(
+    make: Callable[[nn.Module], KroneckerFactors | GaussNewtonBartlett],
+) -> None:
+    """Its softmax is always 1: G would be exactly 0, and P the damping alone."""
+    model = nn.Linear(3, 1)
+    estimator = make(model)
+    with pytest.raises(ValueError, match=r'two outputs for two classes, loss="mse" if .* or else FOOF'):
+        model(torch.randn(4, 3))
+    model.eval()
+    model(torch.randn(4, 3))  # which is not measured
+    assert estimator.collect() == {}
+
+
+def test_of_one_output_the_empirical_factor_is_of_the_loss_that_is_trained() -> None:
+    model = nn.Linear(3, 1).double()
+    x, y = torch.randn(4, 3).double(), torch.tensor([[0.0], [1.0], [1.0], [0.0]]).double()
+    estimator = KroneckerFactors(model, "empirical")
+    F.binary_cross_entropy_with_logits(z := model(x), y).backward()
+    (P,) = estimator.collect().values()
+    assert isinstance(P, Kronecker)
+    torch.testing.assert_close(P.left, (z.sigmoid() - y).detach().square().mean(0, keepdim=True))

@@ -315,6 +315,26 @@ def test_a_model_on_several_devices_is_refused() -> None:
         FOOF(model)
 
 
+@pytest.mark.parametrize("make", [OPTIMIZERS[name] for name in ("foof", "kfac", "sophia")])
+@pytest.mark.filterwarnings("ignore:no curvature for norm")
+def test_replicas_of_data_parallel_are_refused_where_it_was_made_later(make: Make) -> None:
+    """As of two GPUs, made by torch's own method, which needs none; a replica's inputs are a part of the batch."""
+    model: nn.Module = network()
+    optimizer = make(model)
+    replica = model._replicate_for_data_parallel()
+    replica._modules = {name: child._replicate_for_data_parallel() for name, child in model.named_children()}
+    for name, p in model.named_parameters():
+        layer, key = name.split(".")
+        setattr(replica._modules[layer], key, p * 1.0)
+    with pytest.raises(
+        ValueError, match="measures curvature on one device, in one process, not where DataParallel"
+    ):
+        replica(data()[0])
+    with torch.no_grad():
+        replica(data()[0])  # an evaluation measures nothing
+    assert optimizer.preconditioners() == []
+
+
 @pytest.mark.filterwarnings("ignore:no curvature for norm")
 def test_a_model_in_several_processes_is_refused() -> None:
     """torch's own group without the others: two processes as far as this one can tell."""

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +142,15 @@ class TestEvery:
         for _ in range(4):
             assert step(first, one) == step(second, two)
         assert torch.equal(vector(first), vector(second))
+
+    @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
+    def test_copies_are_refused(self, make: Make, how: Callable[[object], object]) -> None:
+        """They would not watch a model: the hooks stay with the optimizer that was made with it."""
+        optimizer = make(network())
+        with pytest.raises(
+            TypeError, match=f"{type(optimizer).__name__} cannot be copied or pickled: .* Make another"
+        ):
+            how(optimizer)
 
     def test_curvature_keeps_its_precision_in_a_half_precision_model(self, make: Make) -> None:
         model = network().bfloat16()

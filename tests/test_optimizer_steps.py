@@ -14,7 +14,7 @@ from fedpm_flwr.optim import FOOF, KFAC, LTDA, Newton, Sophia
 
 from .test_optim import OPTIMIZERS, Make, data, network, step, vector
 
-pytestmark = pytest.mark.filterwarnings("ignore:no curvature for norm")
+pytestmark = pytest.mark.filterwarnings("ignore:no curvature for (network.)?norm")
 
 
 @pytest.mark.parametrize("make", [OPTIMIZERS["foof"], OPTIMIZERS["kfac"]], ids=["foof", "kfac"])
@@ -74,6 +74,74 @@ def test_a_loop_that_does_not_measure_is_told_once(make: Make) -> None:
     assert len(said) == len(set(said)) > 0
     assert "optimizer.measure(loss) not called before loss.backward()" in said[0]
     assert {w.filename for w in caught if "was not measured" in str(w.message)} == {__file__}
+
+
+def stale_warnings(caught: list[warnings.WarningMessage]) -> list[str]:
+    return [str(warning.message) for warning in caught if "was not measured anew" in str(warning.message)]
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_loop_that_stops_measuring_is_told_once(make: Make, interval: int) -> None:
+    """After a validation the model stays in evaluation mode, and nothing is given to ``measure`` any more."""
+    model = network()
+    optimizer = make(model, refresh_interval=interval)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(interval + 1):  # up to one that measures, and it
+            step(model, optimizer)
+        model.eval()
+        said = []
+        for _ in range(2 * interval):
+            optimizer.zero_grad()
+            F.cross_entropy(model(data()[0]), data()[1]).backward()
+            optimizer.step()
+            said.append(len(stale_warnings(caught)))
+    assert said == [0] * (interval - 1) + [1] * (interval + 1)  # when it is due, and no more
+    assert {w.filename for w in caught if "measured anew" in str(w.message)} == {__file__}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_steps_that_measure_once_and_layers_without_a_part_in_a_step_are_not_stale(make: Make) -> None:
+    """Several backward passes of which one is measured, steps that a scaler skips, layers that are not used."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.other, self.uses_other = network(), nn.Linear(4, 3).double(), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs: Tensor = self.network(x)
+            return outputs + self.other(x) if self.uses_other else outputs
+
+    model = Both()
+    optimizer = make(model, refresh_interval=1)
+    steps = ((True, True, 1.0), (False, False, 1.0), (False, True, torch.inf), (False, True, 1.0))
+    scaler = torch.amp.GradScaler("cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for model.uses_other, to_none, overflow in steps:
+            optimizer.zero_grad(set_to_none=to_none)
+            outputs = model(data()[0])
+            loss = F.cross_entropy(outputs, data()[1])
+            optimizer.measure(loss, outputs)
+            scaler.scale(overflow * loss / 2).backward()
+            model.eval()
+            scaler.scale(F.cross_entropy(model(data()[0]), data()[1]) / 2).backward()
+            model.train()
+            scaler.step(optimizer)
+            scaler.update()
+    assert stale_warnings(caught) == []
+
+
+def test_after_detach_old_curvature_is_meant() -> None:
+    model = network()
+    optimizer = FOOF(model, refresh_interval=1)
+    step(model, optimizer)
+    optimizer.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, optimizer)
 
 
 def test_newton_reaches_the_minimum_of_a_quadratic_in_one_step() -> None:

@@ -58,6 +58,7 @@ class GaussNewtonBartlett(_Diagonals):
         loss: ``cross-entropy`` or ``mse``, the mean over the batch.
         parameters: those to measure; by default all. Frozen ones never are.
         seed: of the drawn targets.
+        class_dim: the dimension of the outputs that holds the classes, if there are more than two: 1 or -1.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class GaussNewtonBartlett(_Diagonals):
         loss: str = "cross-entropy",
         parameters: Iterable[nn.Parameter] | None = None,
         seed: int = 0,
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(model, parameters)
-        self._loss, self._seed = check_loss(loss), seed
+        self._loss, self._seed, self._class_dim = check_loss(loss), seed, class_dim
         self._generator: torch.Generator | None = None
         self._handles = Handles(self)
         self._handles.add(unwrapped(model).register_forward_hook(Hook(self, "_after_forward")))
@@ -79,7 +81,7 @@ class GaussNewtonBartlett(_Diagonals):
 
     def _after_forward(self, model: nn.Module, args: object, outputs: object) -> None:
         due = self._due()
-        logits = as_logits(outputs) if due else None
+        logits = as_logits(outputs, self._loss, self._class_dim) if due else None
         if logits is None or not logits.numel() or not logits.requires_grad:
             return
         examples = logits[..., 0].numel()

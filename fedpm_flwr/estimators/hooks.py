@@ -12,7 +12,8 @@ class Hook:
     """Calls ``owner``'s method by name with ``extra`` and what the hook gets, as long as the owner lives.
 
     Only in forwards in training mode with gradients enabled: not under ``no_grad``, not in
-    evaluation mode, not while a checkpoint recomputes during the backward pass.
+    evaluation mode, not while a checkpoint recomputes during the backward pass. In the
+    replicas that DataParallel makes for several devices it raises ValueError instead.
     """
 
     def __init__(self, owner: object, method: str, *extra: Any) -> None:
@@ -31,7 +32,17 @@ class Hook:
     def _measure(self, layer: nn.Module, *seen: Any) -> None:
         owner = self._owner()
         if owner is not None and layer.training and torch.is_grad_enabled() and not in_backward():
+            if getattr(layer, "_is_replica", False):  # made later than the optimizer, which could not refuse it
+                raise several_devices(type(owner).__name__)
             getattr(owner, self._method)(*self._extra, layer, *seen)
+
+
+def several_devices(who: str) -> ValueError:
+    """What is raised where a batch is spread over several devices."""
+    return ValueError(
+        f"{who} measures curvature on one device, in one process, not where DataParallel or "
+        "torch.distributed has spread a batch over several: each would step by another P"
+    )
 
 
 class Idle:

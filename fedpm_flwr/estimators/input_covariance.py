@@ -94,6 +94,17 @@ class InputCovariance:
         """The measured layers, in the model's order."""
         return [layer.block for layer in self.layers]
 
+    def lookups(self) -> dict[Block, Tensor]:
+        """How often each row of each embedding was looked up since the last ``collect``; of those in use."""
+        used = {block: moments for block, moments in self._moments.items() if any(moments.counts)}
+        return {b: m.totals[0] for b, m in used.items() if isinstance(m.layer.modules[0], nn.Embedding)}
+
+    def leave_out(self, block: Block) -> None:
+        """Measure this layer no more, and forget what was measured of it."""
+        self.layers = [layer for layer in self.layers if layer.block != block]
+        self.recording = [other for other in self.recording if other != block]
+        del self._moments[block]
+
     def collect(self) -> dict[Block, Curvature]:
         """P of each layer over all inputs seen since the last call; layers that saw none are left out."""
         found = {block: _curvature(moments) for block, moments in self._moments.items() if any(moments.counts)}

@@ -41,6 +41,7 @@ class KroneckerFactors:
             names; of no matter for ``empirical``.
         max_side: layers with more inputs or outputs than this are left out.
         seed: of the drawn targets.
+        class_dim: the dimension of the outputs that holds the classes, if there are more than two: 1 or -1.
 
     Raises:
         ValueError: an argument is not allowed.
@@ -58,11 +59,13 @@ class KroneckerFactors:
         parameters: Iterable[nn.Parameter] | None = None,
         position_stride: int = 1,
         seed: int = 0,
+        class_dim: int | None = None,
         stacklevel: int = 2,
     ) -> None:
         if fisher not in FISHERS:
             raise ValueError(f"unknown fisher {fisher!r}; allowed: {', '.join(FISHERS)}")
         self._fisher, self._loss, self._seed = fisher, check_loss(loss), seed
+        self._class_dim = class_dim
         self._generator: torch.Generator | None = None
         self._inputs = InputCovariance(
             model, max_side, parameters, position_stride, (nn.Linear, *CONVOLUTIONS), max_side, stacklevel + 1
@@ -118,7 +121,7 @@ class KroneckerFactors:
     def _after_forward(self, model: nn.Module, args: object, outputs: object) -> None:
         if not self.recording:
             return
-        logits = as_logits(outputs)
+        logits = as_logits(outputs, None if self._fisher == "empirical" else self._loss, self._class_dim)
         examples = logits[..., 0].numel()
         self._examples += examples
         if self._fisher == "empirical":

@@ -1,8 +1,9 @@
 """The losses whose curvature is known from the model's outputs alone: no labels are needed.
 
-Outputs z are [examples, classes] or [examples, classes, …]: every further position has a loss of
-its own, as for ``torch.nn.functional.cross_entropy``. The loss is the mean over all m of these. Here
-they are seen as [examples, positions, classes], with one position where there are no more.
+Outputs z are [examples, classes], or have further dimensions, in which every position has a loss of its
+own. The loss is the mean over all m of these. Here they are seen as [examples, positions, classes], with
+one position where there are no more. Which dimension holds the classes cannot be seen: torch's
+``cross_entropy`` takes the second, many language models return them last. So it has to be said.
 """
 
 from collections.abc import Iterator
@@ -23,18 +24,42 @@ def check_loss(loss: str) -> str:
     return loss
 
 
-def as_logits(outputs: object) -> Tensor:
+def as_logits(outputs: object, loss: str | None, class_dim: int | None = None) -> Tensor:
     """The outputs as [examples, positions, classes], float32 at least; ``outputs.logits`` if they are no tensor.
+
+    Args:
+        outputs: what a model has returned.
+        loss: the one whose curvature is drawn from them; None where they are only counted.
+        class_dim: the dimension of the classes. None: the second of two; of more it is needed but for
+            ``mse``, where each entry counts alike.
 
     Raises:
         TypeError: there is no such tensor.
+        ValueError: the loss is ``cross-entropy``, and of one class, whose probability is always 1; or
+            ``class_dim`` is missing, or does not fit.
     """
     wrapped = not isinstance(outputs, Tensor)
     outputs = getattr(outputs, "logits", None) if wrapped else outputs
     # Language models of the Transformers library return logits [batch, positions, classes]: not ours.
     if not isinstance(outputs, Tensor) or outputs.ndim < 2 or (wrapped and outputs.ndim > 2):
         raise TypeError("curvature by outputs needs a model that returns one tensor [examples, classes, ...]")
-    rows: Tensor = outputs.movedim(1, -1)
+    if class_dim is None and outputs.ndim > 2 and loss != "mse":
+        raise ValueError(
+            f"outputs of shape {tuple(outputs.shape)}: which dimension holds the classes? class_dim=1 where they "
+            "are second, as torch's cross_entropy takes them, class_dim=-1 where they are last, as in "
+            "language models"
+        )
+    class_dim = 1 if class_dim is None else class_dim
+    if class_dim == 0 or not -outputs.ndim < class_dim < outputs.ndim:
+        raise ValueError(
+            f"class_dim={class_dim} of outputs of shape {tuple(outputs.shape)}: not one of 1, -1, ..."
+        )
+    rows: Tensor = outputs.movedim(class_dim, -1)
+    if loss == "cross-entropy" and rows.shape[-1] == 1:
+        raise ValueError(
+            "cross-entropy of one output has no curvature, which would leave damping alone: two outputs for two "
+            'classes, loss="mse" if a squared error is trained, or else FOOF, which does not see the loss'
+        )
     return at_least_float32(rows[:, None] if rows.ndim == 2 else rows.flatten(1, -2))
 
 

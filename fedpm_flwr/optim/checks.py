@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from ..estimators.hooks import several_devices
+
 
 def check_model(model: object, optimizer: str) -> None:
     """Refuse what an optimizer of this name cannot measure.
@@ -19,7 +21,4 @@ def check_model(model: object, optimizer: str) -> None:
     several = isinstance(model, nn.DataParallel) and len(model.device_ids) > 1
     group = torch.distributed
     if several or (group.is_available() and group.is_initialized() and group.get_world_size() > 1):
-        raise ValueError(
-            f"{optimizer} measures curvature on one device, in one process, not where DataParallel or "
-            "torch.distributed has spread a batch over several: each would step by another P"
-        )
+        raise several_devices(optimizer)

@@ -25,6 +25,8 @@ class KFAC(SecondOrder):
         max_factor_side: layers with more inputs or outputs are stepped along their plain gradient.
         position_stride: s: A is measured at every s-th position only, of an image in each direction.
         seed: of the drawn targets.
+        class_dim: where the model's outputs have more than two dimensions, the one that holds the classes: 1,
+            the second, as torch's ``cross_entropy`` takes them, or -1, the last, as language models have them.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class KFAC(SecondOrder):
         max_factor_side: int = 8192,
         position_stride: int = 1,
         seed: int = 0,
+        class_dim: int | None = None,
         **shared: Unpack[SharedWithDecay],
     ) -> None:
         if position_stride < 1:
@@ -57,6 +60,7 @@ class KFAC(SecondOrder):
                 parameters=owned,
                 position_stride=position_stride,
                 seed=seed,
+                class_dim=class_dim,
                 stacklevel=5,
             ),
             lr=lr,

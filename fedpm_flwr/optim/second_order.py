@@ -24,6 +24,7 @@ from ..estimators.hooks import unwrapped
 from ..wire import is_exact, pack_layers
 from .checks import check_model
 from .inversion import CALLS_FROM_STEP, are_finite, invert
+from .stale import StaleCurvature
 from .state import from_state, restore, to_state
 
 Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
@@ -121,6 +122,7 @@ class SecondOrder(torch.optim.Optimizer):
         self._parameters = dict(model.named_parameters())
         self._estimator = estimator([p for group in self.param_groups for p in group["params"]])
         self._unmeasured: set[Block] = set()
+        self._stale = StaleCurvature()
         self._known = {p for group in self.param_groups for p in group["params"] if p.requires_grad}
         self._schedule()
 
@@ -151,11 +153,15 @@ class SecondOrder(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_gradients(CALLS_FROM_STEP)
         measured = self._estimator.collect()
         for block, curvature in measured.items():
             self._update(self._state_of(block), curvature)
         if self._codec and measured:
             self._step_by_what_arrives(self._codec, measured)
+        if self._is_due():
+            old = [b for b in self._estimator.blocks if b not in measured and "curvature" in self._state_of(b)]
+            self._stale.name(old, self._parameters)
         groups = {p: group for group in self.param_groups for p in group["params"]}
         updates = self._updates(groups)
         if self._clip and updates:
@@ -220,6 +226,19 @@ class SecondOrder(torch.optim.Optimizer):
     def detach(self) -> None:
         """Take the hooks off the model; the optimizer then steps with what it has measured."""
         self._estimator.detach()
+        self._stale.is_meant = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused, for ``copy`` and ``pickle``: hooks on the model's layers are not copied with it.
+
+        Raises:
+            TypeError: always.
+        """
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} cannot be copied or pickled: it watches the layers of one model. Make another, "
+            f"{name}(copied_model, ...), and give it load_state_dict(optimizer.state_dict())"
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of any optimizer; curvature keeps the precision that it was saved with."""
@@ -229,6 +248,9 @@ class SecondOrder(torch.optim.Optimizer):
         for index, p in zip(saved, own, strict=True):
             restore(self.state.get(p, {}), state_dict["state"].get(index, {}), p.device)
         self._schedule()
+
+    def _check_gradients(self, stacklevel: int) -> None:
+        """What gradients say against what was measured, before it is collected; nothing, but in ``FOOF``."""
 
     def _update(self, state: dict[str, Any], measured: Curvature) -> None:
         """Take a measurement into the running average, part by part: K-FAC's two factors each for itself."""
@@ -350,10 +372,13 @@ class SecondOrder(torch.optim.Optimizer):
     def _steps(self) -> int:
         return int(self.param_groups[0]["step"])
 
+    def _is_due(self) -> bool:
+        """Whether the coming step refreshes P."""
+        return self._steps() % self._refresh == 0
+
     def _schedule(self) -> None:
         """Measure in the coming forward passes if the next step refreshes P, or where there is none yet."""
-        due = self._steps() % self._refresh == 0
-        blocks = self._estimator.blocks
+        due, blocks = self._is_due(), self._estimator.blocks
         self._estimator.recording = [b for b in blocks if due or "curvature" not in self._state_of(b)]
 
 

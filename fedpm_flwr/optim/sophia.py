@@ -37,6 +37,7 @@ class Sophia(SecondOrder):
         refresh_interval: steps between two measurements of ĥ.
         weight_decay: ω, decoupled.
         seed: of the drawn targets, or of Hutchinson's signs.
+        class_dim: for ``gnb``, as for ``KFAC``.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Sophia(SecondOrder):
         refresh_interval: int = 10,
         weight_decay: float = 0.0,
         seed: int = 0,
+        class_dim: int | None = None,
         **shared: Unpack[Shared],
     ) -> None:
         if not (gamma > 0 and eps > 0 and all(0 <= beta < 1 for beta in betas)):
@@ -63,7 +65,7 @@ class Sophia(SecondOrder):
 
         def make(owned: list[nn.Parameter]) -> Estimator:
             if estimator == "gnb":
-                return GaussNewtonBartlett(model, loss, owned, seed)
+                return GaussNewtonBartlett(model, loss, owned, seed, class_dim)
             return Hutchinson(model, parameters=owned, seed=seed)
 
         super().__init__(
