@@ -77,7 +77,9 @@ def test_a_wrong_value_is_named_with_what_is_allowed(key: str, value: object, al
 def test_an_unknown_key_is_named_with_all_that_there_are() -> None:
     with pytest.raises(ConfigError, match=r"unknown setting 'nonsense'; allowed: algorithm, .*learning-rate"):
         Config.from_run_config({"nonsense": 0.1})
-    with pytest.raises(ConfigError, match=r"'learning_rate' \(do you mean 'learning-rate'\?\); allowed: algorithm, "):
+    with pytest.raises(
+        ConfigError, match=r"'learning_rate' \(do you mean 'learning-rate'\?\); allowed: algorithm, "
+    ):
         Config.from_run_config({"learning_rate": 0.1})
 
 
