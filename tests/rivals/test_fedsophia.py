@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedpm_flwr.algorithms import settings_without_effect
 from fedpm_flwr.config import Config
 from fedpm_flwr.estimators import GaussNewtonBartlett
+from fedpm_flwr.guarded import FailedRoundsError
 from fedpm_flwr.rivals.fedsophia import METHOD
 from fedpm_flwr.training import derive_seed
 
@@ -19,7 +20,7 @@ from ..apps import federate, ordered
 from ..helpers import relative_error
 from ..jobs import app_of
 from .application import check_learns
-from .quadratic import BROKEN, broken_arrays, check_left_out, theta_after
+from .quadratic import theta_after
 
 CONFIG = Config(learning_rate=0.1, local_steps=1)
 BETA_1, BETA_2 = 0.965, 0.99
@@ -38,13 +39,26 @@ def one_label_each(partition: int) -> tuple[Tensor, Tensor]:
     return torch.full((examples, 1), x).double(), torch.full((examples,), partition)
 
 
-def test_two_rounds_of_clipped_steps_by_hand(tmp_path: Path) -> None:
-    """A softmax of one logit has no curvature: h = 0, and every step is η of the gradient's sign.
+@pytest.mark.parametrize(
+    ("weighting", "rounds", "expected"),
+    [("num-examples", 1, -0.05), ("num-examples", 2, -0.1), ("uniform", 1, 0.0), ("uniform", 2, 0.0)],
+)
+def test_rounds_of_clipped_steps_by_hand(weighting: str, rounds: int, expected: float, tmp_path: Path) -> None:
+    """γ is so small that every step is η of the gradient's sign: 0.1 · (1, −1) for client 0, its negative for 1.
 
-    Round 1, θ = 0: θ₀ = 0.1, θ₁ = −0.1, mean −0.05. Round 2: g₀ < 0 < g₁ again, mean −0.05 − 0.05 = −0.1.
+    Weighed ¼ and ¾ a round moves by 0.05 · (−1, 1), weighed alike by nothing.
     """
-    assert theta_after(METHOD, CONFIG, tmp_path, 1) == pytest.approx(-0.05, abs=1e-14)
-    assert theta_after(METHOD, CONFIG, tmp_path, 2) == pytest.approx(-0.1, abs=1e-14)
+    config = replace(CONFIG, sophia_gamma=1e-4, weighting=weighting)
+    client = app_of(METHOD, config, tmp_path, data=one_label_each, make_model=two_logits, loss=F.cross_entropy)
+    result = federate(client, METHOD.strategy(config), two_logits(), 2, rounds, ordered)
+    found = result.arrays.to_torch_state_dict()["weight"]
+    torch.testing.assert_close(found, torch.tensor([[expected], [-expected]], dtype=torch.float64))
+
+
+def test_one_logit_has_no_curvature_and_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(FailedRoundsError):
+        theta_after(METHOD, CONFIG, tmp_path, 1)
+    assert caplog.text.count("cross-entropy of one output has no curvature") == 2
 
 
 def test_a_step_with_curvature_by_hand(tmp_path: Path) -> None:
@@ -118,11 +132,6 @@ def test_settings_without_effect_are_told() -> None:
     config = Config(algorithm="fedsophia", optimizer="kfac", sophia_gamma=2.0, damping=2.0)
     told = [line.split("=")[0] for line in settings_without_effect(config)]
     assert sorted(told) == ["damping", "optimizer"]
-
-
-@pytest.mark.parametrize("how", BROKEN)
-def test_broken_replies_are_left_out(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    check_left_out(METHOD, CONFIG, tmp_path, broken_arrays(how), BROKEN[how], caplog)
 
 
 def test_it_learns(tmp_path: Path) -> None:
