@@ -143,7 +143,7 @@ def _row(variant: str, pairs: Sequence[tuple[Run, Run]]) -> Row:
     return {
         "dataset": data_of(pairs[0][0]),
         "variant": variant,
-        "settings": " ".join(f"{key}={value}" for key, value in VARIANTS[variant].items()) or None,
+        "settings": " ".join(_told(key, value) for key, value in VARIANTS[variant].items()) or None,
         "seeds": len(pairs),
         "failed": sum(bool(run.failure) for run, _ in pairs),
         "accuracy_mean": rounded(statistics.fmean(own)),
@@ -151,6 +151,10 @@ def _row(variant: str, pairs: Sequence[tuple[Run, Run]]) -> Row:
         "minus_tuned_mean": rounded(statistics.fmean(minus)),
         "minus_tuned_std": rounded(statistics.stdev(minus)) if several else None,
     }
+
+
+def _told(key: str, value: Value) -> str:
+    return f"{key} × {value:.2g}" if key == "damping" else f"{key}={value}"
 
 
 if __name__ == "__main__":
