@@ -111,6 +111,7 @@ def site(folder: Path, number: int, keys: Path) -> dict[str, Service]:
     }
 
 
+@pytest.mark.faults
 def test_hosts_of_a_server_and_three_sites(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     all_of_them = services(["compose.server.yaml"], {"KEYS": str(keys)})

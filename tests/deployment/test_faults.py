@@ -70,6 +70,7 @@ def kill_app(federation: Federation, site: str, run: Background, server_round: i
     app.kill()
 
 
+@pytest.mark.faults
 def test_clients_that_raise_have_no_data_or_send_too_much(tmp_path: Path) -> None:
     honest = (CHECKOUT / "client_app.py").read_text()
     replaced = {"client_app.py": _BROKEN, "fedpm_flwr/honest.py": honest}
