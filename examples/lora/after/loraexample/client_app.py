@@ -18,7 +18,7 @@ def train(msg: Message, context: Context):
     """Train the adapters on the client's data."""
     model, device = load_model(msg)
     trainloader, _ = load_data(context)
-    optimizer = FOOF(model, lr=0.3, damping=0.1)
+    optimizer = FOOF(model, lr=0.3, damping=0.1, clip=1.0)
     train_loss = train_fn(model, optimizer, trainloader, context.run_config["local-epochs"], device)
     metrics = {"train_loss": train_loss, "num-examples": len(trainloader.dataset)}
     content = RecordDict(
