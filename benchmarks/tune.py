@@ -177,7 +177,7 @@ def search(given: argparse.Namespace, store: Store, dataset: str, algorithm: str
         "method": algorithm,
         "trials": len(trials),
         "failed": sum(bool(run.failure) for run in trials),
-        "accuracy": accuracy or None,
+        "accuracy": rounded(accuracy) if accuracy else None,
         "best": max(map(trial_accuracy, trials)),
         "first": study.trials[0].value,
         **found,
@@ -194,7 +194,7 @@ def final(
     def over_seeds(settings: Mapping[str, Value]) -> tuple[Run, float]:
         config = config_of(given, dataset, algorithm, settings)
         runs = run_missing(store, [replace(config, seed=seed) for seed in seeds], NODES, 1)
-        return runs[0], rounded(statistics.fmean(map(trial_accuracy, runs)))
+        return runs[0], statistics.fmean(map(trial_accuracy, runs))
 
     def by_mean(candidate: tuple[Run, float]) -> float:
         return candidate[1]

@@ -261,8 +261,9 @@ def _row(case: Case, method: str, runs: Sequence[Run], baseline: Sequence[Run]) 
     accuracies = [run.rounds[-1]["test-accuracy"] for run in runs]
     return {
         **row,
-        "accuracy_mean": rounded(statistics.fmean(accuracies)),
-        "accuracy_std": rounded(statistics.stdev(accuracies)) if len(runs) > 1 else None,
+        # With more digits than the pages print: what is rounded twice may be off by one.
+        "accuracy_mean": round(statistics.fmean(accuracies), 6),
+        "accuracy_std": round(statistics.stdev(accuracies), 6) if len(runs) > 1 else None,
         **_beside(runs, {run.settings["seed"]: run for run in baseline if not run.failure}),
         "uplink_mb": rounded(statistics.fmean(_spent(run, "uplink-bytes")[-1] / 1e6 for run in runs)),
         "local_steps": rounded(statistics.fmean(_spent(run, "local-steps")[-1] for run in runs)),
