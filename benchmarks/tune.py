@@ -199,13 +199,11 @@ def final(
     def by_mean(candidate: tuple[Run, float]) -> float:
         return candidate[1]
 
-    free = searched()
-    best = max(
-        (over_seeds({key: trial.settings[key] for key in trial.settings if key in free}) for trial in finalists),
-        key=by_mean,
-    )
-    found = {key: best[0].settings[key] for key in best[0].settings if key in free}
-    return max(best, over_seeds({**found, "weighting": "uniform"}), key=by_mean)
+    def found(run: Run) -> dict[str, Value]:
+        return {key: value for key, value in run.settings.items() if key in searched()}
+
+    best = max((over_seeds(found(trial)) for trial in finalists), key=by_mean)
+    return max(best, over_seeds({**found(best[0]), "weighting": "uniform"}), key=by_mean)
 
 
 def searched() -> set[str]:

@@ -254,6 +254,16 @@ class Guarded(FedAvg):
         update = read_update(reply, self._theta, weighted_by=self.weighted_by_key)
         return replace(update, weight=self.weight_of(update.weight))
 
+    def weight_in(self, reply: Message) -> float:
+        """How much the client of a reply counts, before Σ wᵢ = 1.
+
+        Raises:
+            ReplyError: it does not say its number of examples.
+        """
+        examples = read_metrics(reply, self.weighted_by_key)[self.weighted_by_key]
+        assert isinstance(examples, int | float)
+        return self.weight_of(float(examples))
+
     def weight_of(self, num_examples: float) -> float:
         """How much a client with nᵢ examples counts, before Σ wᵢ = 1."""
         return num_examples if self.weighting == "num-examples" else 1.0

@@ -26,7 +26,7 @@ from .control_variates import (
 from .guarded import Guarded
 from .mixing import ModelMixer
 from .privacy import refuse_differential_privacy
-from .replies import Update, read_curvature, read_metrics, with_common_metrics
+from .replies import Update, read_curvature, with_common_metrics
 from .report import PREFIX
 from .rewriting import with_extra, without_arrays
 from .training import pick_device
@@ -207,9 +207,7 @@ class FedPM(Guarded):
         """Ask for ∇fᵢ(θ) first; the requests of those that tell it, with c = Σ wᵢ∇fᵢ(θ) of this round."""
 
         def read(reply: Message) -> tuple[float, dict[str, Tensor]]:
-            examples = read_metrics(reply, self.weighted_by_key)[self.weighted_by_key]
-            assert isinstance(examples, int | float)
-            return self.weight_of(examples), read_variate(reply, self._shapes())
+            return self.weight_in(reply), read_variate(reply, self._shapes())
 
         told = set[int]()
 

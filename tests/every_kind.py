@@ -136,7 +136,7 @@ def train(msg: Message, context: Context) -> Message:
     """As the README has it, but for the loop, and what two of the clients add or leave out."""
     partition = int(context.node_config["partition-id"])
     if partition == ONLY_EVALUATES:
-        raise NotImplementedError("this client only evaluates")
+        raise RuntimeError("this client only evaluates")
     model, batches = Net(), data(partition)
     model.load_state_dict(msg.content.array_records["arrays"].to_torch_state_dict())
     optimizer = KINDS[partition](model, batches)
@@ -180,8 +180,8 @@ def main(folder: Path) -> None:
             results.append(strategy.start(PartitionOrderedGrid(grid, 0), arrays, num_rounds=ROUNDS))
 
         if name == "ray":
-            resources: dict[str, int | float] = {"num_cpus": 1, "num_gpus": 0.0}
-            run_simulation(server, app, len(KINDS) + 1, backend_config={"client_resources": resources})  # type: ignore[dict-item]
+            backend: dict[str, Any] = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+            run_simulation(server, app, len(KINDS) + 1, backend_config=backend)
         else:
             run_inline(server, app, len(KINDS) + 1)
         (result,) = results

@@ -202,7 +202,7 @@ def test_a_subclass_may_go_through_the_replies_as_through_a_list(
     """As it may under FedAvg: count them, look into them before, and after."""
     seen = []
 
-    class Own(base):  # type: ignore[valid-type,misc]
+    class Own(base):  # type: ignore[valid-type,misc]  # a base that is a parameter
         def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
             assert isinstance(replies, list)
             before = [reply.metadata.src_node_id for reply in replies]
@@ -219,7 +219,7 @@ def test_a_subclass_may_go_through_the_replies_as_through_a_list(
 
 @pytest.mark.parametrize("base", [Guarded, FedPM])
 def test_a_subclass_that_makes_its_requests_alone_is_told_so(base: type[Guarded]) -> None:
-    class Own(base):  # type: ignore[valid-type,misc]
+    class Own(base):  # type: ignore[valid-type,misc]  # a base that is a parameter
         def configure_train(
             self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
         ) -> Iterable[Message]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..curvature import CurvatureError
 from ..curvature.linalg import add_to_diagonal, check_positive_definite, cholesky_solve
 from ..guarded import Guarded
-from ..replies import Update, read_metrics, read_tensors, with_common_metrics
+from ..replies import Update, read_tensors, with_common_metrics
 from .vectors import from_vector, to_vector
 
 DIRECTION = "direction"
@@ -45,9 +45,8 @@ class DirectionMean(Guarded):
         Raises:
             ReplyError: the reply cannot be used.
         """
-        examples = read_metrics(reply, self.weighted_by_key)[self.weighted_by_key]
-        assert isinstance(examples, int | float)
-        return Update(read_tensors(reply.content, shapes), [], self.weight_of(float(examples)))
+        weight = self.weight_in(reply)
+        return Update(read_tensors(reply.content, shapes), [], weight)
 
     def theta_vector(self) -> Tensor:
         """θ, [d]."""
