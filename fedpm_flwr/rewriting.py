@@ -10,6 +10,7 @@ from . import messages
 
 _OURS = (messages.CURVATURE, messages.EXTRA)
 """Names of the ConfigRecords that hold what a strategy has asked for."""
+_MOST_BYTES = 1 << 20
 
 
 def with_content(message: Message, content: RecordDict) -> Message:
@@ -43,9 +44,14 @@ def with_extra(
 
 
 def without_arrays(content: RecordDict) -> RecordDict:
-    """Metrics and the user's own ConfigRecords, under their names: what a function for metrics may look at."""
+    """Metrics and the user's own ConfigRecords, under their names: what a function for metrics may look at.
+
+    These are kept of all replies until the round ends; where a reply's own records have more than 1 MB, they
+    are left out.
+    """
     own = {name: record for name, record in content.config_records.items() if name not in _OURS}
-    return RecordDict({**content.metric_records, **own})
+    is_small = messages.count_bytes(RecordDict({**own})) <= _MOST_BYTES
+    return RecordDict({**content.metric_records, **(own if is_small else {})})
 
 
 def canonical(reply: Message, state: dict[str, Tensor]) -> RecordDict:

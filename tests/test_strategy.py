@@ -36,6 +36,7 @@ from fedpm_flwr import messages
 from fedpm_flwr.curvature import Block, KroneckerRight, LayerCurvature, Spill
 from fedpm_flwr.guarded import FailedRoundsError, Guarded
 from fedpm_flwr.optim import KFAC
+from fedpm_flwr.rewriting import without_arrays
 from fedpm_flwr.strategy import FedPM
 from fedpm_flwr.wire import encode
 
@@ -356,6 +357,15 @@ def test_a_metrics_function_sees_what_the_clients_have_sent_beside_arrays_and_cu
         result = federate(app, make(**functions), make_model(), 3)
         heard = (result.train_metrics_clientapp, result.evaluate_metrics_clientapp)
         assert heard == ({1: MetricRecord({"heard": 3})},) * 2, make
+
+
+@pytest.mark.parametrize(("size", "is_kept"), [(1 << 19, True), (1 << 21, False)])
+def test_large_records_of_ones_own_are_not_held(size: int, is_kept: bool) -> None:
+    """As a hostile client's: the server's memory would grow with the clients."""
+    content = RecordDict(
+        {"metrics": MetricRecord({"num-examples": 1}), "mine": ConfigRecord({"junk": bytes(size)})}
+    )
+    assert set(without_arrays(content)) == ({"metrics", "mine"} if is_kept else {"metrics"})
 
 
 def test_how_many_replies_have_curvature_is_said(caplog: pytest.LogCaptureFixture) -> None:
