@@ -211,6 +211,7 @@ def ablation_section(runs: Sequence[Run]) -> str:
         {
             "variant": row["variant"],
             "settings": f"`{row['settings']}`" if row["settings"] else None,
+            "seeds": row["seeds"],
             "held-out accuracy": _accuracy(row),
             "minus as tuned, points": _points(row),
         }
