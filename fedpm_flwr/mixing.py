@@ -93,6 +93,10 @@ class LayerMixer:
             raise CurvatureError("there is no client to mix")
         if self._factored and isinstance(self._total, Kronecker):
             return self._total.inverse(clamped=True).matmul(self._moved)
+        if self._factored and isinstance(self._total, Sum):
+            # Means of factors, each of which is a little negative somewhere, need not be definite.
+            terms = (term.clamped() if isinstance(term, Kronecker) else term for term in self._total.terms)
+            return Sum(tuple(terms)).solve(self._moved)
         return self._total.solve(self._moved)
 
 

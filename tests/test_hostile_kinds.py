@@ -1,5 +1,6 @@
 """Whatever curvature a client sends, of whichever kind: it is left out, or the round of all goes on."""
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -88,6 +89,29 @@ def test_a_round_of_any_kinds_has_a_result(clients: list[tuple[Curvature, float]
         accepted += 1
         mixer.add({"w": torch.full((ROWS, COLUMNS), 0.1 * place)}, layers, 1.0)
     assume(accepted)
+    assert torch.isfinite(mixer.result()["w"]).all()
+
+
+@pytest.mark.parametrize("size", [1e6, 1e12])
+def test_means_of_factors_that_rounding_made_indefinite_have_a_result_beside_other_kinds(size: float) -> None:
+    """Each client's product is 0, and so definite when damped; the product of their means is not."""
+
+    def nearly_semidefinite(side: int) -> Tensor:
+        values = torch.full((side,), -1e-7).double()
+        values[0] = 1.0
+        half = torch.randn(side, side, generator=torch.Generator().manual_seed(side)).double()
+        basis: Tensor = torch.linalg.qr(half).Q
+        return size * (basis * values) @ basis.mT
+
+    mixer = ModelMixer(THETA, factored=True)
+    honest = LayerCurvature(BLOCK, KroneckerRight(torch.eye(COLUMNS)), 0.1)
+    mixer.add({"w": torch.ones(ROWS, COLUMNS)}, [honest], 1.0)
+    for left, right in (
+        (torch.zeros(ROWS, ROWS).double(), nearly_semidefinite(COLUMNS)),
+        (nearly_semidefinite(ROWS), torch.zeros(COLUMNS, COLUMNS).double()),
+    ):
+        layers = as_received(Kronecker(left, right), 1e-6)
+        mixer.add({"w": torch.full((ROWS, COLUMNS), 0.1)}, layers, 1.0)
     assert torch.isfinite(mixer.result()["w"]).all()
 
 

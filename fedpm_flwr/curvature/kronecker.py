@@ -16,6 +16,7 @@ from .linalg import (
     check_square,
     eigh,
     grouped,
+    outer,
     promoted,
 )
 
@@ -77,6 +78,18 @@ class Kronecker(Curvature):
             if (clamped or values.amin() > least) and torch.isfinite(1 / values).all():
                 return KroneckerBasis(left_basis, right_basis, 1 / values).to(own)
         raise CurvatureError(self._not_definite())
+
+    def clamped(self) -> "Kronecker":
+        """Likewise safe as a term of a ``Sum``: G and A with eigenvalues from 0, and s raised if P needs it."""
+        (left, left_basis), (right, right_basis) = (eigh(m.double()) for m in (self.left, self.right))
+        left, right = left.clamp(min=0), right.clamp(min=0)
+        least = 2 * MARGIN * torch.finfo(left.dtype).eps * self._eigenvalues(left, right).sum(dim=(-2, -1)).amax()
+        return Kronecker(
+            outer(left_basis * left.sqrt()[..., None, :]),
+            outer(right_basis * right.sqrt()[..., None, :]),
+            self.weight,
+            max(self.shift, float(least)),
+        )
 
     def damped(self, damping: float) -> "Kronecker":
         return replace(self, shift=self.shift + damping)
