@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,9 @@ PREFIX = "fedpm | "
 _MEGABYTE = 1e6
 _MAX_REASON = 300
 """Longest reason that a warning repeats: part of it may be a stranger's text."""
+_HEAD = 100
+"""So much of it is the beginning of a longer one, the rest its end: where a traceback says what went wrong."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 Row = dict[str, int | float]
 
 
@@ -140,8 +144,10 @@ class RunReport:
 
 def one_line(reason: object) -> str:
     """A reason on one line, and no longer than anybody reads."""
-    text = "".join(letter if letter.isprintable() else " " for letter in str(reason)[: _MAX_REASON + 1])
-    return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]} …"
+    text = _COLOUR.sub("", str(reason))
+    if len(text) > _MAX_REASON:
+        text = f"{text[:_HEAD]} … {text[_HEAD - _MAX_REASON :]}"
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _tensorboard(folder: Path) -> Any:
@@ -240,7 +246,16 @@ def _with_uplink(rows: Sequence[Row]) -> list[Row]:
 
 
 def output_folder(config: Config) -> Path:
-    """Where a run leaves its results: as it is configured, or under ``runs/`` by time and algorithm."""
+    """Where a run leaves its results: as it is configured, or under ``runs/`` by time and algorithm.
+
+    Raises:
+        ConfigError: another run has left checkpoints there, which would be taken for this one's.
+    """
     if config.output or config.resume:
-        return Path(config.output or config.resume)
+        folder = Path(config.output or config.resume)
+        is_own = config.resume and folder.resolve() == Path(config.resume).resolve()
+        if not is_own and any(folder.glob("checkpoints/round-*")):
+            name = f"output={config.output!r}"
+            raise ConfigError(f"{name} holds checkpoints of a run: resume it, or begin another in another folder")
+        return folder
     return Path.cwd() / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{config.algorithm}"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpm_flwr.config import Config, ConfigError, describe, parse_settings
-from fedpm_flwr.report import PREFIX
+from fedpm_flwr.report import PREFIX, output_folder
 
 from .processes import CHECKOUT, environment, exit_on_signals, free_ports, is_healthy, start, stop_all, wait_until
 
@@ -75,7 +75,9 @@ def _config(settings: list[str], nodes: int) -> Config:
         path = Path(value.rpartition(":")[2])  # else Flower is started first, and then says so
         if path.is_absolute() and not path.exists():
             raise ConfigError(f"{key}={value!r}: there is no {path} on this machine")
-    if not config.output and not config.resume:
+    if config.output:
+        output_folder(config)  # likewise
+    elif not config.resume:
         folder = CHECKOUT / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{config.algorithm}"
         config = Config.from_run_config({**config.to_run_config(), "output": str(folder)})
     return config
@@ -84,7 +86,8 @@ def _config(settings: list[str], nodes: int) -> Config:
 def _simulate(config: Config, arguments: argparse.Namespace) -> int:
     output = Path(config.output or config.resume)
     output.mkdir(parents=True, exist_ok=True)
-    print(f"{PREFIX}starting Flower's simulation with {arguments.nodes} clients", flush=True)
+    wait = "the first round takes longest, up to a minute"
+    print(f"{PREFIX}starting Flower's simulation with {arguments.nodes} clients; {wait}", flush=True)
     with tempfile.TemporaryDirectory(prefix="fedpm-flwr-") as home, _superlink(Path(home)) as variables:
         settings = Path(home) / "run-config.toml"
         settings.write_text(config.to_toml())

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedpm_flwr.config import Config, ConfigError
-from fedpm_flwr.report import RunReport, output_folder, seconds_left, spread
+from fedpm_flwr.report import RunReport, one_line, output_folder, seconds_left, spread
 
 
 def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +117,32 @@ def test_the_default_folder_is_named_after_time_and_algorithm(
     folder = output_folder(Config(algorithm="fedavg"))
     assert folder.parent == tmp_path / "runs"
     assert folder.name.endswith("-fedavg")
+
+
+def test_another_runs_checkpoints_are_not_run_over(tmp_path: Path) -> None:
+    """As a run without checkpoints of its own would, whose folder a later ``resume`` takes for one run's."""
+    (tmp_path / "checkpoints").mkdir()
+    own = Config(output=str(tmp_path))
+    assert output_folder(own) == tmp_path
+    (tmp_path / "checkpoints" / "round-2.safetensors").touch()
+    for resume in ("", str(tmp_path / "other")):
+        with pytest.raises(ConfigError, match=r"^output='.*' holds checkpoints of a run: resume it, or begin an"):
+            output_folder(replace(own, resume=resume))
+    for config in (replace(own, resume=f"{tmp_path}/checkpoints/.."), Config(resume=str(tmp_path))):
+        assert output_folder(config).resolve() == tmp_path.resolve()
+
+
+def test_a_long_reason_keeps_its_beginning_and_its_end() -> None:
+    assert one_line("a\nb\x00c") == "a b c"
+    assert one_line("x" * 300) == "x" * 300
+    traceback = (
+        "<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'" + "\x1b[36mray::run()\x1b[39m\n" * 99
+    )
+    told = one_line(f"{traceback}Exception ClientAppException occurred. Message: FOOF takes the model'>")
+    assert told.startswith("<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'ray::run() ray")
+    assert told.endswith("Exception ClientAppException occurred. Message: FOOF takes the model'>")
+    assert len(told) == 303
+    assert told.isprintable()
 
 
 def test_time_left_is_told_once_rounds_without_starting_up_are_there() -> None:
