@@ -102,7 +102,8 @@ def stop_all(home: Path) -> None:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     if sys.exc_info()[0] is not None:
-        print(f"{PREFIX}stopping", file=sys.stderr, flush=True)
+        with suppress(OSError):  # whoever read this may be what is gone
+            print(f"{PREFIX}stopping", file=sys.stderr, flush=True)
     for one in (family := of_home(home)):
         with suppress(psutil.NoSuchProcess):
             one.terminate()

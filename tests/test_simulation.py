@@ -209,6 +209,31 @@ def test_a_stopped_run_leaves_no_process_behind(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.csv").stat().st_size > 0
 
 
+_BROKEN_OFF = """
+import subprocess, sys
+from pathlib import Path
+from scripts.processes import stop_all
+
+home = Path(sys.argv[1])
+environment = {"FLWR_HOME": str(home), "PATH": "/usr/bin:/bin"}
+print(subprocess.Popen(["sleep", "60"], env=environment, stdout=subprocess.DEVNULL).pid, flush=True)
+try:
+    raise BrokenPipeError
+finally:
+    stop_all(home)
+"""
+
+
+def test_what_was_started_is_ended_though_nobody_reads_that_any_more(tmp_path: Path) -> None:
+    """As in ``make run 2>&1 | head``, or where a terminal is lost."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", _BROKEN_OFF, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=writing, check=False, text=True)
+    os.close(writing)
+    assert not psutil.pid_exists(int(done.stdout))
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
