@@ -8,9 +8,9 @@ process of its own, several at a time; the numbers are those of the same run und
 left in the folder that output=FOLDER names, else under runs/.
 
 Columns: accuracy and loss of the global model on the test set after the last round, mean and standard
-deviation over seeds; the rounds until a run first has the accuracy with which the best of the other
-rows ends, mean over the seeds that get there, and how many do; MB from clients to server in all, and
-seconds, a run.
+deviation over seeds; accuracy after a quarter and a half of the rounds; the rounds until a run first
+has the accuracy with which the best of the other rows ends, mean over the seeds that get there, and
+how many do; MB from clients to server in all, and seconds, a run.
 """
 
 import argparse
@@ -37,6 +37,10 @@ _DEFAULT_ALGORITHMS = "fedavg:learning-rate=0.3,localnewton,fedpm"
 _DEFAULT_SEEDS = 3
 _OWN = "algorithms: names joined by commas, each with :KEY=VALUE for settings of its own\nseeds: how many\n"
 _PROBLEM = ("dataset", "max-train-examples", "validation-share", "partition", "alpha", "model", "initial-model")
+_FOOT = (
+    "accuracy and loss are the global model's on the test set, after a quarter, a half and all of the rounds, "
+    "means over seeds;\nrounds_to_best_rival: until it has what the best of the others ends with, if it gets there"
+)
 _SAME_FOR_ALL = ("algorithm", "output", "seed", *_PROBLEM)
 """Settings that an algorithm cannot bring of its own: the comparison would not be one."""
 
@@ -91,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plot_curves({method.label: rounds for method, rounds in done.items()}, folder / "curves.png")
         print(f"{PREFIX}curves in {folder / 'curves.png'}")
         rows = table(done)
-        publish("compare", rows, folder / "compare.json", nodes=given.nodes, runs_at_a_time=given.jobs)
+        publish("compare", rows, folder / "compare.json", _FOOT, nodes=given.nodes, runs_at_a_time=given.jobs)
         if given.output:
             given.output.parent.mkdir(parents=True, exist_ok=True)
             given.output.write_text((folder / "compare.json").read_text(encoding="utf-8"), encoding="utf-8")
@@ -160,6 +164,8 @@ def _row(method: Method, runs: list[Rounds], rivals: list[list[Rounds]]) -> Row:
         "method": method.algorithm,
         "settings": method.settings,
         "seeds": len(runs),
+        "accuracy_at_quarter": _mean(rounds[len(rounds[1:]) // 4]["test-accuracy"] for rounds in runs),
+        "accuracy_at_half": _mean(rounds[len(rounds[1:]) // 2]["test-accuracy"] for rounds in runs),
         "accuracy_mean": _mean(accuracies),
         "accuracy_std": _rounded(statistics.stdev(accuracies)) if len(runs) > 1 else None,
         "loss_mean": _mean(rounds[-1]["test-loss"] for rounds in runs),

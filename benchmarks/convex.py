@@ -58,6 +58,10 @@ _NEWTON: dict[str, Any] = {
     "inverse_interval": 1,
     "codec": "triangle-float64",
 }
+_FOOT = (
+    "rounds until the distance to the optimum is below 1e-3, 1e-6, 1e-10; floor: the least distance of all "
+    "rounds, last: the last round's; order: of convergence, 1 linear, 2 quadratic"
+)
 _FIRST_ORDER = ("fedavg",)
 _LEAST, _LARGEST = 1e-13, 0.5
 """Distances that the order of convergence is read from."""
@@ -87,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.plot:
         plot(curves, given.plot)
     asked = {key: getattr(given, key) for key in ("rounds", "participation", "backend", "seed")}
-    publish("convex", rows, given.output, **asked, distances=curves)
+    publish("convex", rows, given.output, _FOOT, **asked, distances=curves)
     return 0 if len(rows) == len(given.datasets) * len(given.methods) else 1
 
 

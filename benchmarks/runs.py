@@ -71,7 +71,8 @@ def run_all(configs: Sequence[Config], nodes: int, jobs: int, ended: Ended | Non
                     said = f"failed: {gave}; its log: {output / 'flower.log'}"
                 else:
                     done[config.output] = gave
-                    said = f"accuracy {gave[-1]['test-accuracy']:.4f}"
+                    goal = "distance" if "distance" in gave[-1] else "test-accuracy"
+                    said = f"{goal.removeprefix('test-')} {gave[-1][goal]:.4g}"
                 if ended is not None:
                     ended(config, gave)
             left = (time.monotonic() - started) / number * (len(configs) - number)
