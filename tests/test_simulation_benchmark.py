@@ -1,5 +1,6 @@
-"""The simulation's benchmark: arguments, data, and a run's row. Real runs on Ray are in test_simulation.py."""
+"""The simulation's benchmark: arguments, data, rows, and its smallest version on Ray."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,21 @@ def test_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row["seconds"], row["range_seconds"]) == (31, 10)
     assert isinstance(row["work_seconds"], float)
     assert 0 < row["work_seconds"] < 60
+
+
+def test_the_smallest_version_on_ray(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--clients", "2", "--methods", "fedpm", "--rounds", "2", "--repeats", "1"]) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))["rows"]
+    assert (row["clients"], row["method"], row["codec"], row["times_fedavg"]) == (
+        2,
+        "fedpm",
+        "triangle-float32",
+        None,
+    )
+    parts = ("start_seconds", "first_round", "round_seconds")
+    assert all(row[part] > 0 for part in (*parts, "work_seconds"))
+    assert row["seconds"] == pytest.approx(sum(row[part] for part in parts), rel=0.05)
+    assert row["range_seconds"] == 0
 
 
 @pytest.mark.parametrize(
