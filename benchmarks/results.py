@@ -4,7 +4,7 @@
 
 Between ``<!-- results: NAME -->`` and ``<!-- end -->`` a page holds what is made here; all else is written by
 hand. Only runs by the settings that are now in benchmarks/configs count. --check changes nothing, and fails if
-the pages are not what the runs give.
+the pages are not what the runs give, or a picture was drawn of others.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from fedpm_flwr.report import PREFIX
 
 from . import ablation
 from .experiments import DATASETS, METHODS, RESULTS, tuned
-from .pictures import plot_curves, plot_sweep
+from .pictures import mark_of, plot_curves, plot_sweep, read_mark
 from .runs import Run, Store, data_of, settings_of
 from .sections import (
     LABELS,
@@ -27,6 +27,7 @@ from .sections import (
     accuracies_of,
     headline,
     name_of,
+    runs_of,
     section,
     sweep_name,
     sweep_section,
@@ -35,6 +36,7 @@ from .vision import SWEEPS, Case, case_of, method_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("docs/results.md", "README.md")
+IMAGES = Path("docs", "images")
 _BLOCK = re.compile(r"(<!-- results: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -42,15 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.results", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--check", action="store_true", help="fail if a page is not what the runs give")
+    parser.add_argument(
+        "--check", action="store_true", help="fail if a page or a picture is not what the runs give"
+    )
     given = parser.parse_args(arguments)
-    blocks = make_blocks(load(RESULTS), load_ablation(RESULTS))
+    runs = load(RESULTS)
+    blocks = make_blocks(runs, load_ablation(RESULTS))
     stale = [page for page in PAGES if not _renew(ROOT / page, blocks, write=not given.check)]
     if given.check:
-        for page in stale:
-            print(f"{PREFIX}{page} is not what benchmarks/results gives; make results renews it", file=sys.stderr)
+        stale += [str(IMAGES / name) for name in stale_pictures(runs, ROOT / IMAGES)]
+        for name in stale:
+            print(f"{PREFIX}{name} is not what benchmarks/results gives; make results renews it", file=sys.stderr)
         return 1 if stale else 0
-    draw(load(RESULTS), ROOT / "docs" / "images")
+    draw(runs, ROOT / IMAGES)
     return 0
 
 
@@ -133,7 +139,16 @@ def draw(runs: Sequence[Run], folder: Path) -> None:
         plot_curves(own, folder / f"{name_of(case)}.png")
     for sweep in sweeps:
         ticks = [LABELS[sweep.kind](case) for case in sweep.cases]
-        plot_sweep(accuracies_of(sweep, runs), ticks, folder / f"{sweep_name(sweep)}.png")
+        path = folder / f"{sweep_name(sweep)}.png"
+        plot_sweep(accuracies_of(sweep, runs), ticks, path, runs_of(sweep, runs))
+
+
+def stale_pictures(runs: Sequence[Run], folder: Path) -> list[str]:
+    """Those that are missing, or were drawn of other runs."""
+    cases, sweeps = sections_of(runs)
+    of = {name_of(case): own for case, own in cases.items()}
+    of |= {sweep_name(sweep): runs_of(sweep, runs) for sweep in sweeps}
+    return [f"{name}.png" for name, own in of.items() if read_mark(folder / f"{name}.png") != mark_of(own)]
 
 
 def make_blocks(runs: Sequence[Run], of_ablation: Sequence[Run] = ()) -> dict[str, str]:

@@ -69,10 +69,14 @@ def headline(cases: Mapping[Case, Sequence[Run]]) -> str:
     )
     rows = rows_of(chosen)
     alphas = sorted({float(str(row["alpha"])) for row in rows}, reverse=True)
+    counts = {
+        alpha: len({run.settings["seed"] for run in chosen if case_of(run).alpha == alpha}) for alpha in alphas
+    }
+    told = " and ".join(f"{count} at α = {alpha:g}" for alpha, count in counts.items())
     about = (
         f"{_TITLES[dataset]}, {_version(version)}, {NODES} clients; test accuracy, mean ± standard deviation over "
-        f"{len({run.settings['seed'] for run in chosen})} seeds. The paper's are of 100 rounds on all images, "
-        "with a CNN that it does not tell.\n\n"
+        f"seeds ({told}). The paper's are of 100 rounds on all images, with a CNN that it does not tell."
+        "\n\n"
     )
     table: list[Row] = []
     for name in dict.fromkeys(_name(row) for row in rows):
@@ -116,7 +120,7 @@ def sweep_section(sweep: Sweep, runs: Sequence[Run]) -> str:
         }
         for method, columns in accuracies.items()
     ]
-    own = _runs_of(sweep, runs)
+    own = runs_of(sweep, runs)
     picture = f"![Test accuracy](images/{sweep_name(sweep)}.png)"
     title = f"### {_TITLES[first.dataset]}: {_SWEPT[sweep.kind]}"
     return "\n".join(
@@ -126,7 +130,7 @@ def sweep_section(sweep: Sweep, runs: Sequence[Run]) -> str:
 
 def accuracies_of(sweep: Sweep, runs: Iterable[Run]) -> dict[str, list[list[float]]]:
     """By method, and by what was varied: the last test accuracies, over the same seeds; NaN: the run failed."""
-    own = _runs_of(sweep, runs)
+    own = runs_of(sweep, runs)
 
     def accuracies(method: str, case: Case) -> list[float]:
         found = [run for run in own if (method_of(run), case_of(run)) == (method, case)]
@@ -135,7 +139,7 @@ def accuracies_of(sweep: Sweep, runs: Iterable[Run]) -> dict[str, list[list[floa
     return {method: [accuracies(method, case) for case in sweep.cases] for method in sweep.methods}
 
 
-def _runs_of(sweep: Sweep, runs: Iterable[Run]) -> list[Run]:
+def runs_of(sweep: Sweep, runs: Iterable[Run]) -> list[Run]:
     """With the seeds that all its methods were run with in all its cases."""
     own = [run for run in runs if case_of(run) in sweep.cases and method_of(run) in sweep.methods]
     seeds: dict[tuple[str, Case], set[Value]] = {}

@@ -118,7 +118,7 @@ def measure(config: Config, clients: int) -> dict[str, float]:
     (real,) = ran.values()
     return {
         "seconds": rounded(seconds),
-        "start_seconds": rounded(seconds - sum(row["seconds"] for row in real)),
+        "start_seconds": rounded(seconds - sum(row["seconds"] for row in real[1:])),
         "first_round": rounded(real[1]["seconds"]),
         "round_seconds": _mean_seconds(real),
     }

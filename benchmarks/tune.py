@@ -1,4 +1,4 @@
-"""Search each method's settings, as many trials for each, on training images that no client trains on.
+"""Search each method's settings, as many trials for each in a call, on training images that no client trains on.
 
     python -m benchmarks.tune --data FOLDER [--datasets cifar10] [--methods fedavg,fedpm,…] [--trials 10]
 

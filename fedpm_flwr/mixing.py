@@ -16,6 +16,7 @@ from .curvature import (
     Block,
     Curvature,
     CurvatureError,
+    Dense,
     Kronecker,
     LayerCurvature,
     Spill,
@@ -81,6 +82,8 @@ class LayerMixer:
                 if isinstance(term, Kronecker) and term.left.shape == added.left.shape:
                     mean = mean_factors(term, added)
                     return Sum((*terms[:place], mean, *terms[place + 1 :])) if len(terms) > 1 else mean
+        if self._factored and isinstance(added, Dense):  # which holds the means from then on
+            total = _clamped(total)
         return plus(total, added)
 
     def step(self) -> Tensor:
@@ -93,11 +96,8 @@ class LayerMixer:
             raise CurvatureError("there is no client to mix")
         if self._factored and isinstance(self._total, Kronecker):
             return self._total.inverse(clamped=True).matmul(self._moved)
-        if self._factored and isinstance(self._total, Sum):
-            # Means of factors, each of which is a little negative somewhere, need not be definite.
-            terms = (term.clamped() if isinstance(term, Kronecker) else term for term in self._total.terms)
-            return Sum(tuple(terms)).solve(self._moved)
-        return self._total.solve(self._moved)
+        total = _clamped(self._total) if self._factored else self._total
+        return total.solve(self._moved)
 
 
 class ModelMixer:
@@ -183,6 +183,13 @@ class ModelMixer:
             raise CurvatureError(f"layer {block.name!r}: {error}") from error
         own = dict(zip(block.parameters, steps, strict=True))
         return own | {key: own[original] for key, original in block.copies}
+
+
+def _clamped(total: Curvature) -> Curvature:
+    """Means of factors, each of which may be a little negative somewhere, need not be definite: made so."""
+    if isinstance(total, Sum):
+        return Sum(tuple(_clamped(term) for term in total.terms))
+    return total.clamped() if isinstance(total, Kronecker) else total
 
 
 def _moved(old: Tensor, step: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ _MAX_REASON = 300
 """Longest reason that a warning repeats: part of it may be a stranger's text."""
 _HEAD = 100
 """So much of it is the beginning of a longer one, the rest its end: where a traceback says what went wrong."""
+_LOOKED_AT = 10_000
+"""So much of its beginning and of its end, before colours are taken out, which may be all of it."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 Row = dict[str, int | float]
 
@@ -144,7 +146,10 @@ class RunReport:
 
 def one_line(reason: object) -> str:
     """A reason on one line, and no longer than anybody reads."""
-    text = _COLOUR.sub("", str(reason))
+    text = str(reason)
+    if len(text) > 2 * _LOOKED_AT:
+        text = text[:_LOOKED_AT] + text[-_LOOKED_AT:]
+    text = _COLOUR.sub("", text)
     if len(text) > _MAX_REASON:
         text = f"{text[:_HEAD]} … {text[_HEAD - _MAX_REASON :]}"
     return "".join(letter if letter.isprintable() else " " for letter in text)
@@ -254,7 +259,7 @@ def output_folder(config: Config) -> Path:
     if config.output or config.resume:
         folder = Path(config.output or config.resume)
         is_own = config.resume and folder.resolve() == Path(config.resume).resolve()
-        if not is_own and any(folder.glob("checkpoints/round-*")):
+        if not is_own and any(folder.glob("checkpoints/round-*.safetensors")):
             name = f"output={config.output!r}"
             raise ConfigError(f"{name} holds checkpoints of a run: resume it, or begin another in another folder")
         return folder

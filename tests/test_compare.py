@@ -45,6 +45,8 @@ def test_methods_meet_on_the_same_seeds(tmp_path: Path, capfd: pytest.CaptureFix
         runs = [json.loads((folder / f"{name}-seed={seed}" / "metrics.json").read_text()) for seed in (3, 4)]
         accuracies = [rounds[-1]["test-accuracy"] for rounds in runs]
         assert row["accuracy_mean"] == pytest.approx(sum(accuracies) / 2, rel=1e-4)
+        early = pytest.approx(sum(rounds[1]["test-accuracy"] for rounds in runs) / 2, rel=1e-4)
+        assert row["accuracy_at_quarter"] == row["accuracy_at_half"] == early, "of two rounds the first, not none"
         assert row["accuracy_std"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5, rel=1e-4)
         assert row["uplink_mb"] == pytest.approx(runs[0][1]["uplink-bytes"] * 2 / 1e6, rel=1e-3)
         for seed in (3, 4):

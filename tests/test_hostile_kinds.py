@@ -25,7 +25,7 @@ from .helpers import relative_error
 ROWS, COLUMNS = 6, 4
 THETA = {"w": torch.zeros(ROWS, COLUMNS)}
 BLOCK = Block("layer", ("w",))
-SIZES = st.sampled_from([1e-30, 1e-9, 1e-3, 1.0, 1e6, 1e18])
+SIZES = st.sampled_from([1e-205, 1e-30, 1e-9, 1e-3, 1.0, 1e6, 1e18, 1e49, 1e150, 1e197])
 
 
 @st.composite
@@ -58,13 +58,13 @@ def anything(draw: st.DrawFn) -> Curvature:
     return Dense(draw(symmetric(ROWS * COLUMNS)))
 
 
-def as_received(curvature: Curvature, damping: float) -> list[LayerCurvature]:
+def as_received(curvature: Curvature, damping: float, codec: str = "triangle-float32") -> list[LayerCurvature]:
     """What the server reads, and has checked.
 
     Raises:
         ValueError: it is refused, for whatever reason.
     """
-    payload = encode([LayerCurvature(BLOCK, curvature, damping)], "triangle-float32")
+    payload = encode([LayerCurvature(BLOCK, curvature, damping)], codec)
     layers = decode(payload, {"w": (ROWS, COLUMNS)})
     for layer in layers:
         replies._check_layer(layer, (0.0, 1e6))
@@ -74,16 +74,22 @@ def as_received(curvature: Curvature, damping: float) -> list[LayerCurvature]:
 DAMPINGS = st.sampled_from([0.0, 1e-6, 0.1, 1e3])
 
 
-@given(st.lists(st.tuples(anything(), DAMPINGS), min_size=1, max_size=5), st.booleans())
+@given(
+    st.lists(st.tuples(anything(), DAMPINGS), min_size=1, max_size=5),
+    st.booleans(),
+    st.sampled_from(["triangle-float32", "triangle-float64"]),
+)
 @settings(max_examples=400)
-def test_a_round_of_any_kinds_has_a_result(clients: list[tuple[Curvature, float]], factored: bool) -> None:
+def test_a_round_of_any_kinds_has_a_result(
+    clients: list[tuple[Curvature, float]], factored: bool, codec: str
+) -> None:
     mixer = ModelMixer(THETA, factored=factored)
     honest = LayerCurvature(BLOCK, KroneckerRight(torch.eye(COLUMNS)), 0.1)
     mixer.add({"w": torch.ones(ROWS, COLUMNS)}, [honest], 1.0)
     accepted = 0
     for place, (curvature, damping) in enumerate(clients):
         try:
-            layers = as_received(curvature, damping)
+            layers = as_received(curvature, damping, codec)
         except ValueError:
             continue
         accepted += 1
@@ -93,7 +99,10 @@ def test_a_round_of_any_kinds_has_a_result(clients: list[tuple[Curvature, float]
 
 
 @pytest.mark.parametrize("size", [1e6, 1e12])
-def test_means_of_factors_that_rounding_made_indefinite_have_a_result_beside_other_kinds(size: float) -> None:
+@pytest.mark.parametrize("last", [None, Dense(torch.eye(ROWS * COLUMNS))])
+def test_means_of_factors_that_rounding_made_indefinite_have_a_result_beside_other_kinds(
+    size: float, last: Curvature | None
+) -> None:
     """Each client's product is 0, and so definite when damped; the product of their means is not."""
 
     def nearly_semidefinite(side: int) -> Tensor:
@@ -112,6 +121,27 @@ def test_means_of_factors_that_rounding_made_indefinite_have_a_result_beside_oth
     ):
         layers = as_received(Kronecker(left, right), 1e-6)
         mixer.add({"w": torch.full((ROWS, COLUMNS), 0.1)}, layers, 1.0)
+    if last is not None:  # it holds the means from then on
+        mixer.add({"w": torch.full((ROWS, COLUMNS), 0.2)}, as_received(last, 0.1), 1.0)
+    assert torch.isfinite(mixer.result()["w"]).all()
+
+
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("size", [1e49, 1e150, 1e300])
+def test_a_huge_factor_beside_one_of_nothing_fails_no_round(size: float, factored: bool) -> None:
+    """Their product is 0; their means with an honest client's factors are not."""
+    mixer = ModelMixer(THETA, factored=factored)
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        left, right = (torch.randn(side, side, generator=generator).double() for side in (ROWS, COLUMNS))
+        honest = as_received(Kronecker(left @ left.T, right @ right.T), 0.1)
+        mixer.add({"w": torch.full((ROWS, COLUMNS), float(seed))}, honest, 1.0)
+    huge = Kronecker(torch.zeros(ROWS, ROWS).double(), size * torch.eye(COLUMNS).double())
+    if size > 1e50:
+        with pytest.raises(ValueError, match=r"a Kronecker factor of eigenvalue .*; allowed: below 1e\+50"):
+            as_received(huge, 0.1, "triangle-float64")
+    else:
+        mixer.add({"w": torch.zeros(ROWS, COLUMNS)}, as_received(huge, 0.1, "triangle-float64"), 1.0)
     assert torch.isfinite(mixer.result()["w"]).all()
 
 

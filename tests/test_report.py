@@ -122,6 +122,7 @@ def test_the_default_folder_is_named_after_time_and_algorithm(
 def test_another_runs_checkpoints_are_not_run_over(tmp_path: Path) -> None:
     """As a run without checkpoints of its own would, whose folder a later ``resume`` takes for one run's."""
     (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "round-1.safetensors.0123.part").touch()  # of a run that was killed in its first
     own = Config(output=str(tmp_path))
     assert output_folder(own) == tmp_path
     (tmp_path / "checkpoints" / "round-2.safetensors").touch()
@@ -143,6 +144,8 @@ def test_a_long_reason_keeps_its_beginning_and_its_end() -> None:
     assert told.endswith("Exception ClientAppException occurred. Message: FOOF takes the model'>")
     assert len(told) == 303
     assert told.isprintable()
+    told = one_line("a" + "\x1b[0m" * 9_000_000 + "b")
+    assert (told[0], told[-1], len(told) < 20) == ("a", "b", True)
 
 
 def test_time_left_is_told_once_rounds_without_starting_up_are_there() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import ablation, results, tune, vision
 from benchmarks.experiments import ALGORITHMS, CONFIGS, METHODS, PAPER, RESULTS, Version, tuned
@@ -99,7 +100,9 @@ def test_a_small_sweep_and_its_section(tmp_path: Path, capsys: pytest.CaptureFix
     told = f"1 of 2 runs failed, the others {runs[0].rounds[-1]['test-accuracy']:.3f} |"
     assert results.make_blocks(broken)["sweeps"].count(told) == 1
     results.draw(broken, tmp_path / "again")
-    assert (tmp_path / "again" / picture.name).read_bytes() == picture.read_bytes(), "of the run that did not"
+    one, two = (Image.open(folder / picture.name) for folder in (picture.parent, tmp_path / "again"))
+    assert one.tobytes() == two.tobytes(), "of the run that did not"
+    assert results.stale_pictures(broken, picture.parent) == [picture.name]
 
 
 def test_a_budget_is_kept_by_the_smallest_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,10 +329,14 @@ def test_pages_are_made_from_runs(tmp_path: Path) -> None:
     assert "| `fedpm`  | 0.410 ± 0.014 | 2     |" in text
     assert "the first 100 images, 2 rounds of 1 local epoch, 10 clients" in text
     assert "the first 100 images, 2 rounds of 1 local epoch" in results.make_blocks(runs)["headline"]
+    assert len(results.stale_pictures(runs, tmp_path)) == 1
     results.draw(runs, tmp_path)
     (picture,) = tmp_path.iterdir()
     assert picture.stat().st_size > 10_000
     assert f"(images/{picture.name})" in text
+    assert results.stale_pictures(runs, tmp_path) == []
+    other = replace(runs[0], rounds=[*runs[0].rounds[:-1], {**runs[0].rounds[-1], "test-accuracy": 0.401}])
+    assert results.stale_pictures([other, *runs[1:]], tmp_path) == [picture.name]
 
 
 def test_only_runs_by_the_settings_that_count_now_are_shown(tmp_path: Path) -> None:

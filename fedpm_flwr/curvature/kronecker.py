@@ -22,6 +22,8 @@ from .linalg import (
 
 _ROUNDING = 1e-4
 """How negative a second moment's least eigenvalue may be, as a share of its largest: float32 stays well below."""
+_MAX_EIGENVALUE = 1e50
+"""Of one factor: beside a factor of 0 it would not show in P, but in means of factors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +121,10 @@ class Kronecker(Curvature):
             own = torch.linalg.eigvalsh(factor)
             if not (own.amin(-1) >= -_ROUNDING * own.amax(-1)).all():
                 raise CurvatureError(self._not_definite())
+            if not own.amax() < _MAX_EIGENVALUE:
+                raise CurvatureError(
+                    f"a Kronecker factor of eigenvalue {float(own.amax()):.3g}; allowed: below {_MAX_EIGENVALUE:g}"
+                )
             values.append(own)
         product = self._eigenvalues(*values)
         trace = product.sum(dim=(-2, -1))
@@ -146,7 +152,7 @@ class Kronecker(Curvature):
     def balanced(self) -> tuple[Tensor, Tensor]:
         """G/c and c·A, such that both have the same mean on their diagonals, group by group."""
         left, right = (m.diagonal(dim1=-2, dim2=-1).mean(-1) for m in (self.left, self.right))
-        ratio = (left / right).sqrt()
+        ratio = left.sqrt() / right.sqrt()  # of which neither overflows where the other does
         ratio = torch.where((left > 0) & (right > 0) & ratio.isfinite(), ratio, 1.0)[..., None, None]
         return self.left / ratio, self.right * ratio
 
