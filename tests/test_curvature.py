@@ -279,7 +279,10 @@ def test_a_diagonal_whose_inverse_overflows_is_an_error() -> None:
 def test_a_matrix_of_no_size_to_compute_with_is_refused(scale: float) -> None:
     one = scale * torch.ones(1, 1, dtype=torch.float64)
     for curvature in (KroneckerRight(one), Kronecker(one, one), LowRank(one[0], one), Diagonal(one)):
-        with pytest.raises(CurvatureError, match=r"a matrix of trace|a diagonal from|not positive definite"):
+        with pytest.raises(
+            CurvatureError,
+            match=r"a matrix of trace|a diagonal from|a Kronecker factor of eigenvalue|not positive definite",
+        ):
             curvature.check_positive_definite()
 
 
