@@ -121,14 +121,15 @@ class Kronecker(Curvature):
             own = torch.linalg.eigvalsh(factor)
             if not (own.amin(-1) >= -_ROUNDING * own.amax(-1)).all():
                 raise CurvatureError(self._not_definite())
-            if not own.amax() < _MAX_EIGENVALUE:
-                raise CurvatureError(
-                    f"a Kronecker factor of eigenvalue {float(own.amax()):.3g}; allowed: below {_MAX_EIGENVALUE:g}"
-                )
             values.append(own)
         product = self._eigenvalues(*values)
         trace = product.sum(dim=(-2, -1))
         check_size(trace)
+        largest = max(float(own.amax()) for own in values)
+        if not largest < _MAX_EIGENVALUE:
+            raise CurvatureError(
+                f"a Kronecker factor of eigenvalue {largest:.3g}; allowed: below {_MAX_EIGENVALUE:g}"
+            )
         if not (product.amin(dim=(-2, -1)) > MARGIN * torch.finfo(product.dtype).eps * trace).all():
             raise CurvatureError(self._not_definite())
 
