@@ -22,12 +22,14 @@ def test_every_client_has_examples(tmp_path: Path) -> None:
 def test_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From runs of 3 rounds, of which the first is told apart."""
     rounds: Rounds = [
-        {"round": i, "seconds": seconds, "test-accuracy": 0.5} for i, seconds in enumerate([0, 9, 2, 4])
+        {"round": i, "seconds": seconds, "test-accuracy": 0.5} for i, seconds in enumerate([5, 9, 2, 4])
     ]
     monkeypatch.setattr(simulation, "run_on_ray", lambda configs, nodes: {c.output: rounds for c in configs})
     config = config_of("fedpm", 6, 3, make_data(tmp_path), tmp_path / "run")
     run = measure(config, 6)
     assert (run["first_round"], run["round_seconds"]) == (9, 3)
+    # The test of the initial model is part of the start.
+    assert run["start_seconds"] == pytest.approx(run["seconds"] - 15, abs=0.01)
     row = row_of(config, [{"seconds": seconds} for seconds in (40.0, 30.0, 31.0)], 6)
     assert (row["clients"], row["method"], row["codec"]) == (6, "fedpm", "triangle-float32")
     assert (row["seconds"], row["range_seconds"]) == (31, 10)
