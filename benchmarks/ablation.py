@@ -1,14 +1,14 @@
-"""What each choice in FedPM is worth: the tuned settings with one thing changed, on held-out training images.
+"""What each choice in FedPM is worth: its settings with one thing changed, on held-out training images.
 
     python -m benchmarks.ablation --data FOLDER [--datasets cifar10] [--seeds 3]
 
-Runs are those of a trial of ``benchmarks.tune``: as many images and rounds, a fifth of the images held out and
-tested on, the test set not looked at; their seeds are 110, 111, …, which tuning does not use. They are kept in
---store, and none that is there is run again.
+The settings are those of ``BASE``. Runs are those of a trial of ``benchmarks.tune``: as many images and rounds, a
+fifth of the images held out and tested on, the test set not looked at; their seeds are 110, 111, …, which tuning
+does not use. They are kept in --store, and none that is there is run again.
 
 Columns: the variant, and which setting it changes; accuracy_mean and _std, on held-out images, mean of the last
-three rounds, over seeds; minus_tuned_mean and _std, that minus the tuned settings' with the same seed, in points.
-A run that fails counts as 0.
+three rounds, over seeds; minus_base_mean and _std, that minus the unchanged settings' with the same seed, in
+points. A run that fails counts as 0.
 """
 
 import argparse
@@ -41,9 +41,13 @@ from .table import Row, publish, rounded
 
 SEED = TRIAL_SEED + 10
 """The first: none by which settings were chosen."""
-TUNED = "as tuned"
+BASE: Mapping[str, Mapping[str, Value]] = {
+    "cifar10": {"learning-rate": 0.803, "damping": 0.351, "weighting": "num-examples"},
+}
+"""In place of what is tuned now, where later searches found hardly other settings: those that had won by then."""
+UNCHANGED = "unchanged"
 VARIANTS: Mapping[str, Mapping[str, Value]] = {
-    TUNED: {},
+    UNCHANGED: {},
     "plain averaging": {"algorithm": "localnewton"},
     "clients weigh alike": {"weighting": "uniform"},
     "P of the last measurement": {"ema": 0.0},
@@ -94,12 +98,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def config_of(dataset: str, variant: str, version: Version, seed: int, folder: Path | None = None) -> Config:
-    """A run of a variant: FedPM as tuned, but for that.
+    """A run of a variant: FedPM by the settings of ``BASE``, or else as tuned, but for that.
 
     Raises:
         ConfigError: the tuned settings are missing.
     """
     config = version.of(located(tuned(dataset, "fedpm"), folder))
+    config = Config.from_run_config({**config.to_run_config(), **BASE.get(dataset, {})})
     changed = dict(VARIANTS[variant])
     if "damping" in changed:
         changed["damping"] = rounded(config.damping * float(changed["damping"]))
@@ -108,7 +113,7 @@ def config_of(dataset: str, variant: str, version: Version, seed: int, folder: P
 
 
 def rows_of(runs: Iterable[Run]) -> list[Row]:
-    """One row a variant, data set and size: its runs whose seed the tuned settings were run with too."""
+    """One row a variant, data set and size: its runs whose seed the unchanged settings were run with too."""
     groups: dict[tuple[Value, ...], dict[str, dict[Value, Run]]] = {}
     for run in runs:
         name = variant_of(run)
@@ -117,7 +122,7 @@ def rows_of(runs: Iterable[Run]) -> list[Row]:
             groups.setdefault(size, {name: {} for name in VARIANTS})[name][run.settings["seed"]] = run
     rows = []
     for variants in groups.values():
-        base = variants[TUNED]
+        base = variants[UNCHANGED]
         for name, own in variants.items():
             pairs = [(run, base[seed]) for seed, run in own.items() if seed in base]
             rows += [_row(name, pairs)] if pairs else []
@@ -125,7 +130,7 @@ def rows_of(runs: Iterable[Run]) -> list[Row]:
 
 
 def variant_of(run: Run) -> str | None:
-    """Which of ``VARIANTS`` of the settings that are now tuned a run is of, wherever its data were read."""
+    """Which of ``VARIANTS`` of today's base a run is of, wherever its data were read."""
     if data_of(run) not in DATASETS:
         return None
     then = {**settings_of(Config()), **run.settings}
@@ -148,8 +153,8 @@ def _row(variant: str, pairs: Sequence[tuple[Run, Run]]) -> Row:
         "failed": sum(bool(run.failure) for run, _ in pairs),
         "accuracy_mean": rounded(statistics.fmean(own)),
         "accuracy_std": rounded(statistics.stdev(own)) if several else None,
-        "minus_tuned_mean": rounded(statistics.fmean(minus)),
-        "minus_tuned_std": rounded(statistics.stdev(minus)) if several else None,
+        "minus_base_mean": rounded(statistics.fmean(minus)),
+        "minus_base_std": rounded(statistics.stdev(minus)) if several else None,
     }
 
 

@@ -1,6 +1,6 @@
 """What a round takes over gRPC: FedPM beside FedAvg, packed and not, with and without TLS, on this machine.
 
-    python -m benchmarks.deployment [--model resnet18-gn] [--nodes 2] [--rounds 4] [--repeats 2]
+    python -m benchmarks.deployment [--methods fedavg,fedpm] [--tls false,true] [--rounds 4] [--repeats 2]
 
 A SuperLink and SuperNodes, real processes on the loopback; one local step a round on a few random images, so that
 what is measured is what is sent, and the new process that each message costs. The methods take turns.
@@ -30,7 +30,7 @@ from scripts.certificates import make as make_certificates
 from scripts.federation import Federation, copy_application
 from scripts.processes import CHECKOUT
 
-from .arguments import make_parser
+from .arguments import make_parser, split_names
 from .runs import read_rounds
 from .table import Row, publish, rounded
 
@@ -113,28 +113,36 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=2, help="SuperNodes (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=4, help="of a run (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each (default: %(default)s)")
+    parser.add_argument("--methods", default="fedavg,fedpm", help="beside Flower's own (default: %(default)s)")
+    parser.add_argument(
+        "--tls", default="false,true", help="federations without it, with it (default: %(default)s)"
+    )
     given = parser.parse_args(arguments)
+    split_names(parser, given, methods=("fedavg", "fedpm"), tls=("false", "true"))
     if min(given.nodes, given.rounds - 1, given.repeats) < 1:
         parser.error("--nodes, --rounds and --repeats are whole numbers; allowed: >= 1, but >= 2 rounds")
     return given
 
 
 def measure(folder: Path, given: argparse.Namespace) -> Iterator[Row]:
-    """The rows, those without TLS first."""
+    """The rows, of one federation after another."""
+    baseline, *others = METHODS
+    methods = [baseline, *(method for method in others if method.algorithm in given.methods)]
     data = make_data(folder)
     flowers_own = copy_application(folder / "flowers-own", {"server_app.py": _FLOWERS_OWN})
     make_certificates(folder / "keys", ["127.0.0.1"], _sites(given.nodes))
-    for keys in (None, folder / "keys"):
-        seconds: dict[Method, list[float]] = {method: [] for method in METHODS}
+    for tls in given.tls:
+        keys = folder / "keys" if tls == "true" else None
+        seconds: dict[Method, list[float]] = {method: [] for method in methods}
         uplink = dict[Method, float | None]()
-        with Federation(folder / f"federation-{keys is not None}", keys) as federation:
+        with Federation(folder / f"federation-{tls}", keys) as federation:
             for number, site in enumerate(_sites(given.nodes)):
                 if keys:
                     federation.register(site)
                 federation.start_node(site, f"partition-id={number} num-partitions={given.nodes}")
             for repeat in range(given.repeats):
-                for place, method in enumerate(METHODS):
-                    output = folder / f"run-{keys is not None}-{repeat}-{place}"
+                for place, method in enumerate(methods):
+                    output = folder / f"run-{tls}-{repeat}-{place}"
                     config = config_of(method, given.model, given.nodes, given.rounds, data, output)
                     status = federation.run(config, flowers_own if method.strategy == "flwr" else CHECKOUT)
                     if status != "finished:completed":
@@ -142,7 +150,7 @@ def measure(folder: Path, given: argparse.Namespace) -> Iterator[Row]:
                     rounds = read_rounds(output)
                     seconds[method] += [row["seconds"] for row in rounds[2:]]
                     uplink[method] = rounds[-1].get("uplink-bytes")
-        yield from rows_of(seconds, uplink, tls=keys is not None)
+        yield from rows_of(seconds, uplink, tls)
 
 
 def make_data(folder: Path) -> Path:
@@ -176,7 +184,7 @@ def config_of(method: Method, model: str, nodes: int, rounds: int, data: Path, o
 
 
 def rows_of(
-    seconds: Mapping[Method, Sequence[float]], uplink: Mapping[Method, float | None], *, tls: bool
+    seconds: Mapping[Method, Sequence[float]], uplink: Mapping[Method, float | None], tls: str
 ) -> list[Row]:
     """A row for each method; the first is what the others are compared with."""
     medians = {method: statistics.median(values) for method, values in seconds.items()}
@@ -187,7 +195,7 @@ def rows_of(
             "strategy": method.strategy,
             "packed_arrays": str(method.packed).lower(),
             "codec": method.codec,
-            "tls": str(tls).lower(),
+            "tls": tls,
             "round_seconds": rounded(medians[method]),
             "range_seconds": rounded(max(values) - min(values)),
             "times_flwr": rounded(medians[method] / first),

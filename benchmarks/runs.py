@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -41,6 +42,11 @@ _OF_A_PLACE = (
 _COLUMNS = (
     "test-accuracy", "test-loss", "train-loss", "clients", "local-steps", "uplink-bytes", "seconds", "cpu-seconds",
 )  # fmt: skip
+_IMPORTED = [
+    "client_app", "server_app", "fedpm_flwr.inline", "flwr_datasets.partitioner", "sklearn.datasets",
+    "torch._dynamo",
+]  # fmt: skip
+"""What takes long to import in a run: its own modules, and what they import when it is used."""
 _DIGITS = 6
 _LAST = 3
 """Rounds whose accuracies a trial is judged by."""
@@ -95,33 +101,37 @@ def in_threads(jobs: int) -> Iterator[ThreadPoolExecutor]:
 
 def _in_a_process(config: Config, nodes: int) -> Rounds | str:
     """A process for each run: each starts as cold as the others, and one that is killed takes no other along."""
-    # Spawned, not forked: a fork of a process with threads, as torch and gRPC have, can hang.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    # Forked from a server that has imported everything and computed nothing: imports are most of a short run, and
+    # a fork of this process, with its threads, could hang.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(_run, config, nodes).result()
 
 
 def _run(config: Config, nodes: int) -> Rounds | str:
-    """One run, or why its rounds failed; what Flower and the application say goes to flower.log."""
+    """One run, or why its rounds failed; what Flower and the application say goes to flower.log.
+
+    In a process of its own: the log stays its output.
+    """
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    with (
-        (folder / "flower.log").open("w") as log,
-        redirect_stdout(log),
-        redirect_stderr(log),
-    ):
-        # Imported here: Flower's logger keeps the stderr that it finds.
-        import client_app
-        import server_app
-        from fedpm_flwr.guarded import FailedRoundsError
-        from fedpm_flwr.inline import run_inline
+    with (folder / "flower.log").open("w") as log:
+        # Beneath Python, whose stderr Flower's logger has kept since it was imported.
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    import client_app
+    import server_app
+    from fedpm_flwr.guarded import FailedRoundsError
+    from fedpm_flwr.inline import run_inline
 
-        before = time.process_time()
-        try:
-            run_inline(server_app.app, client_app.app, nodes, config.to_run_config())
-        except FailedRoundsError as error:
-            return f"{type(error).__name__}: {error}"
-        rounds = read_rounds(folder)
-        share = (time.process_time() - before) / max(len(rounds) - 1, 1)
+    before = time.process_time()
+    try:
+        run_inline(server_app.app, client_app.app, nodes, config.to_run_config())
+    except FailedRoundsError as error:
+        return f"{type(error).__name__}: {error}"
+    rounds = read_rounds(folder)
+    share = (time.process_time() - before) / max(len(rounds) - 1, 1)
     return [{**row, "cpu-seconds": share if row["round"] else 0.0} for row in rounds]
 
 

@@ -217,7 +217,7 @@ def ablation_section(runs: Sequence[Run]) -> str:
             "settings": f"`{row['settings']}`" if row["settings"] else None,
             "seeds": row["seeds"],
             "held-out accuracy": _accuracy(row),
-            "minus as tuned, points": _points(row),
+            "minus unchanged, points": _points(row),
         }
         for row in ablation.rows_of(runs)
     ]
@@ -225,5 +225,5 @@ def ablation_section(runs: Sequence[Run]) -> str:
 
 
 def _points(row: Row) -> str:
-    mean, deviation = row["minus_tuned_mean"], row["minus_tuned_std"]
+    mean, deviation = row["minus_base_mean"], row["minus_base_std"]
     return f"{mean:+.1f} ± {deviation:.1f}" if isinstance(deviation, float) else f"{mean:+.1f}"

@@ -2,12 +2,12 @@
 
 import json
 import math
+import multiprocessing
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from benchmarks.runs import Rounds, Store, rounds_to, run_missing, settings_of
@@ -89,7 +89,7 @@ def test_what_is_missing_is_run_and_what_failed_is_kept(tmp_path: Path) -> None:
 
 def test_a_run_that_is_killed_is_not_kept_as_failed(tmp_path: Path) -> None:
     def kill_it() -> None:
-        while not (workers := [one for one in psutil.Process().children() if "spawn_main" in str(one.cmdline())]):
+        while not (workers := multiprocessing.active_children()):
             time.sleep(0.05)
         for worker in workers:
             worker.kill()

@@ -120,33 +120,33 @@ def test_a_budget_is_kept_by_the_smallest_version(tmp_path: Path, capsys: pytest
 def test_an_ablation_changes_one_thing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = ablation.config_of("cifar10", ablation.TUNED, Version(), 110)
+    base = ablation.config_of("cifar10", ablation.UNCHANGED, Version(), 110)
     for name, changed in ablation.VARIANTS.items():
         config = ablation.config_of("cifar10", name, Version(), 110)
         assert settings_without_effect(replace(config, optimizer="foof")) == []
         before, after = base.to_run_config(), config.to_run_config()
         assert {key for key in after if after[key] != before[key]} == set(changed), name
         assert (config.validation_share, config.seed) == (0.2, 110)
-    few = (ablation.TUNED, "clients weigh alike")
+    few = (ablation.UNCHANGED, "clients weigh alike")
     monkeypatch.setattr(ablation, "VARIANTS", {name: ablation.VARIANTS[name] for name in few})
     write_data(tmp_path, "cifar10", 10)
     given = ["--data", str(tmp_path), "--seeds", "1", "--images", "150", "--rounds", "2"]
     given += ["--store", str(tmp_path / "ablation-cifar10.jsonl")]
     assert ablation.main(given) == 0
-    as_tuned, alike = rows_of(capsys)
-    assert (as_tuned["variant"], as_tuned["settings"], as_tuned["minus_tuned_mean"]) == (few[0], None, 0.0)
+    unchanged, alike = rows_of(capsys)
+    assert (unchanged["variant"], unchanged["settings"], unchanged["minus_base_mean"]) == (few[0], None, 0.0)
     assert (alike["variant"], alike["settings"]) == (few[1], "weighting=uniform")
     kept = sorted(results.load_ablation(tmp_path), key=lambda run: str(run.settings["weighting"]))
     assert [ablation.variant_of(run) for run in kept] == list(few)
     one, other = (trial_accuracy(run) for run in kept)
-    assert alike["minus_tuned_mean"] == pytest.approx(100 * (other - one), abs=0.01)
+    assert alike["minus_base_mean"] == pytest.approx(100 * (other - one), abs=0.01)
     assert "| clients weigh alike | `weighting=uniform` |" in results.make_blocks([], kept)["ablation"]
-    # A run without one as tuned by the same seed has nothing to be compared with.
+    # A run without the unchanged one by the same seed has nothing to be compared with.
     stray = replace(kept[1], settings={**kept[1].settings, "seed": 111})
-    assert ablation.rows_of([*kept, stray]) == [as_tuned, alike]
+    assert ablation.rows_of([*kept, stray]) == [unchanged, alike]
     # Nor is one of another size compared with these.
     larger = replace(kept[0], settings={**kept[0].settings, "max-train-examples": 200})
-    assert ablation.rows_of([*kept, larger])[:2] == [as_tuned, alike]
+    assert ablation.rows_of([*kept, larger])[:2] == [unchanged, alike]
     assert ablation.rows_of([kept[1], larger]) == ablation.rows_of([larger])
     assert ablation.variant_of(replace(kept[0], settings={**kept[0].settings, "dataset": "digits"})) is None
 
