@@ -25,10 +25,10 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def split_names(parser: argparse.ArgumentParser, given: argparse.Namespace, **allowed: Sequence[str]) -> None:
-    """Make a list of an option's text, or end with a message that has what is allowed in it."""
+    """Make a list of an option's text, each name once, or end with a message that has what is allowed in it."""
     for key, names in allowed.items():
         text = getattr(given, key)
-        setattr(given, key, text.split(","))
+        setattr(given, key, list(dict.fromkeys(text.split(","))))
         if not set(getattr(given, key)) <= set(names):
             parser.error(f"--{key}={text}; allowed, joined by commas: {', '.join(names)}")
 

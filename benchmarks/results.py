@@ -3,8 +3,8 @@
     python -m benchmarks.results [--check]
 
 Between ``<!-- results: NAME -->`` and ``<!-- end -->`` a page holds what is made here; all else is written by
-hand. Only runs by the settings that are now in benchmarks/configs count. --check changes nothing, and fails if
-the pages are not what the runs give, or a picture was drawn of others.
+hand. Only runs by the settings that are now in benchmarks/configs count, and in the ablation those by its base.
+--check changes nothing, and fails if the pages are not what the runs give, or a picture was drawn of others.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def load(folder: Path) -> list[Run]:
 
 
 def load_ablation(folder: Path) -> list[Run]:
-    """All runs of variants of the settings that now count."""
+    """All runs of variants of today's base."""
     runs = [run for path in sorted(folder.glob("ablation-*.jsonl")) for run in Store(path).runs]
     return [run for run in runs if ablation.variant_of(run) is not None]
 

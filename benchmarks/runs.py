@@ -21,6 +21,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import cache
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,8 @@ def run_all(configs: Sequence[Config], nodes: int, jobs: int, ended: Ended | Non
     """The rounds of each run that succeeded, by its output folder; says why the others did not.
 
     To what the report tells of a round, ``cpu-seconds`` is added: the time that the process has computed in all,
-    which other runs beside it change little, in equal parts to the rounds. ``ended`` is not told of a run that was
-    killed, or broke off for another reason than that its rounds failed.
+    imports apart, which other runs beside it change little, in equal parts to the rounds. ``ended`` is not told of
+    a run that was killed, or broke off for another reason than that its rounds failed.
     """
     done: dict[str, Rounds] = {}
     started = time.monotonic()
@@ -89,6 +91,7 @@ def run_all(configs: Sequence[Config], nodes: int, jobs: int, ended: Ended | Non
 @contextmanager
 def in_threads(jobs: int) -> Iterator[ThreadPoolExecutor]:
     """A pool of threads that each wait for runs; whatever ends this one ends their runs too."""
+    _warm_up()
     with ThreadPoolExecutor(jobs) as threads:
         try:
             yield threads
@@ -99,27 +102,45 @@ def in_threads(jobs: int) -> Iterator[ThreadPoolExecutor]:
             raise
 
 
-def _in_a_process(config: Config, nodes: int) -> Rounds | str:
-    """A process for each run: each starts as cold as the others, and one that is killed takes no other along."""
+@cache
+def _warm_up() -> None:
+    """Have a process of which runs are forked, with all imports done: until then no run could be ended."""
+    process = _context().Process(target=_nothing)
+    process.start()
+    process.join()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _context() -> ForkServerContext:
     # Forked from a server that has imported everything and computed nothing: imports are most of a short run, and
-    # a fork of this process, with its threads, could hang.
+    # a fork of this process, with its threads, could hang. There is one server; variables that are set once it has
+    # started do not reach it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
-    with ProcessPoolExecutor(1, context) as pool:
+    return context
+
+
+def _in_a_process(config: Config, nodes: int) -> Rounds | str:
+    """A process for each run: each starts as cold as the others, and one that is killed takes no other along."""
+    with ProcessPoolExecutor(1, _context()) as pool:
         return pool.submit(_run, config, nodes).result()
 
 
 def _run(config: Config, nodes: int) -> Rounds | str:
     """One run, or why its rounds failed; what Flower and the application say goes to flower.log.
 
-    In a process of its own: the log stays its output.
+    In a process of its own: the log stays its output, and it ends with the one that has started it.
     """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "flower.log").open("w") as log:
         # Beneath Python, whose stderr Flower's logger has kept since it was imported.
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
+        for output in (1, 2):
+            os.dup2(log.fileno(), output)
     import client_app
     import server_app
     from fedpm_flwr.guarded import FailedRoundsError
@@ -133,6 +154,13 @@ def _run(config: Config, nodes: int) -> Rounds | str:
     rounds = read_rounds(folder)
     share = (time.process_time() - before) / max(len(rounds) - 1, 1)
     return [{**row, "cpu-seconds": share if row["round"] else 0.0} for row in rounds]
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def read_rounds(folder: Path) -> Rounds:
@@ -208,6 +236,7 @@ def run_missing(store: Store, configs: Sequence[Config], nodes: int, jobs: int) 
     Raises:
         RuntimeError: a run was killed, or broke off; the others are in the store.
     """
+    provenance()  # asks for the commit now: it is today's code that the runs have, whatever is committed meanwhile
     missing = [config for config in configs if store.find(config, nodes) is None]
     if len(missing) < len(configs):
         print(f"{PREFIX}{len(configs) - len(missing)} of {len(configs)} runs are in {store.path}", flush=True)
@@ -244,15 +273,20 @@ def trial_accuracy(run: Run) -> float:
 
 def provenance() -> dict[str, Any]:
     """Which code, on what, by which command, when."""
-    # Runs that are kept are tracked files, and no change of the code.
-    status = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
     return {
-        "commit": _git("rev-parse", "--short=12", "HEAD") + ("+changes" if status else ""),
+        "commit": _commit(),
         "flwr": importlib.metadata.version("flwr"),
         **machine(),
         "command": " ".join(Path(part).name if part.startswith("/") else part for part in sys.argv[1:]),
         "date": date.today().isoformat(),
     }
+
+
+@cache
+def _commit() -> str:
+    # Runs that are kept are tracked files, and no change of the code.
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
+    return _git("rev-parse", "--short=12", "HEAD") + ("+changes" if status else "")
 
 
 def _git(*arguments: str) -> str:

@@ -51,7 +51,8 @@ def test_methods_meet_on_the_same_seeds(tmp_path: Path, capfd: pytest.CaptureFix
         assert row["uplink_mb"] == pytest.approx(runs[0][1]["uplink-bytes"] * 2 / 1e6, rel=1e-3)
         for seed in (3, 4):
             log = (folder / f"{name}-seed={seed}" / "flower.log").read_text()
-            assert "aggregate_train" in log
+            assert "aggregate_train" in log, "by Flower's logger"
+            assert "fedpm | round 1/2" in log, "printed"
             assert "Logging error" not in log
     first = [
         json.loads((folder / f"{n}-seed=3" / "metrics.json").read_text())[0]
@@ -76,7 +77,11 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, capfd: p
     assert rows[0]["rounds_to_best_rival"] is None
 
 
-def test_a_stopped_comparison_stops_its_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stop", "when"),
+    [(signal.SIGTERM, "at the start"), (signal.SIGTERM, "in a run"), (signal.SIGKILL, "in a run")],
+)
+def test_a_stopped_comparison_stops_its_runs(tmp_path: Path, stop: signal.Signals, when: str) -> None:
     arguments = ["num-server-rounds=500", f"output={tmp_path}", "seeds=9"]
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.compare", *arguments],
@@ -85,11 +90,13 @@ def test_a_stopped_comparison_stops_its_runs(tmp_path: Path) -> None:
         start_new_session=True,
     )
     end = time.monotonic() + 120
-    while not list(tmp_path.glob("*/metrics.json")) and time.monotonic() < end:
+    begun = _has_children if when == "at the start" else _has_rounds
+    while not begun(process.pid, tmp_path) and time.monotonic() < end:
         time.sleep(0.2)
-    process.terminate()  # this one alone; SIGINT may be ignored here, as in a job in the background
+    process.send_signal(stop)  # this one alone; SIGINT may be ignored here, as in a job in the background
     try:
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert process.wait(timeout=60) == (128 + stop if stop is signal.SIGTERM else -stop)
+        assert begun is _has_rounds or not list(tmp_path.glob("*/flower.log")), "no run has begun"
         end = time.monotonic() + 20  # those that have nothing to do end by themselves
         while [p for p in psutil.process_iter() if _session(p) == process.pid]:
             assert time.monotonic() < end
@@ -97,6 +104,14 @@ def test_a_stopped_comparison_stops_its_runs(tmp_path: Path) -> None:
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def _has_children(pid: int, folder: Path) -> bool:
+    return bool(psutil.Process(pid).children())
+
+
+def _has_rounds(pid: int, folder: Path) -> bool:
+    return bool(list(folder.glob("*/metrics.json")))
 
 
 def _session(process: psutil.Process) -> int | None:

@@ -9,6 +9,13 @@ from benchmarks.deployment import METHODS, config_of, main, make_data, rows_of
 from fedpm_flwr.tasks import load_dataset
 
 
+@pytest.mark.parametrize(("option", "allowed"), [("--methods", "fedavg, fedpm"), ("--tls", "false, true")])
+def test_names_that_are_not_known(option: str, allowed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([option, "other"])
+    assert f"{option}=other; allowed, joined by commas: {allowed}" in capsys.readouterr().err
+
+
 def test_rows_are_compared_with_flowers_own() -> None:
     seconds = {method: [4.0 / (place + 1), 8.0 / (place + 1)] for place, method in enumerate(METHODS)}
     rows = rows_of(seconds, {**dict.fromkeys(METHODS, 2e6), METHODS[0]: None}, "true")
@@ -36,14 +43,14 @@ def test_the_smallest_version_over_grpc(capsys: pytest.CaptureFixture[str]) -> N
     for row in (flowers_own, fedpm):
         assert row["tls"] == "true"
         assert row["round_seconds"] > 0 == row["range_seconds"]
-        assert row["times_flwr"] == pytest.approx(row["round_seconds"] / flowers_own["round_seconds"], rel=1e-3)
-    megabytes_of_two_models = 2 * 4 * (3 * 32 * 32 + 1) * 10 / 1e6
+        assert row["times_flwr"] == pytest.approx(row["round_seconds"] / flowers_own["round_seconds"], rel=2e-3)
+    megabytes_of_a_model = 4 * (3 * 32 * 32 + 1) * 10 / 1e6
     assert flowers_own["uplink_mb"] is None
-    assert fedpm["uplink_mb"] == pytest.approx(megabytes_of_two_models, rel=0.1)
+    assert megabytes_of_a_model < fedpm["uplink_mb"] < 1.06 * megabytes_of_a_model
 
 
 @pytest.mark.parametrize("arguments", [["--nodes", "0"], ["--rounds", "1"], ["--repeats", "0"]])
-def test_arguments_that_make_no_sense(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_that_make_no_sense(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
     assert "--nodes, --rounds and --repeats are whole numbers; allowed: >= 1" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The file that keeps runs: what is in it is not run again, and what is not right in it is told."""
 
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import runs
 from benchmarks.runs import Rounds, Store, rounds_to, run_missing, settings_of
 from fedpm_flwr.config import Config
 
@@ -95,12 +97,18 @@ def test_a_run_that_is_killed_is_not_kept_as_failed(tmp_path: Path) -> None:
             worker.kill()
 
     store = Store(tmp_path / "runs.jsonl")
+    runs._warm_up()  # by a process that is none of a run
     killer = threading.Thread(target=kill_it)
     killer.start()
     with pytest.raises(RuntimeError, match="1 runs broke off; the same command runs them again"):
         run_missing(store, [CONFIG], 2, jobs=1)
     killer.join()
     assert not store.path.exists()
+
+
+def test_what_is_imported_before_there_are_runs_is_there() -> None:
+    """An import that fails is passed over there: it would only take longer."""
+    assert all(importlib.util.find_spec(name) is not None for name in runs._IMPORTED)
 
 
 def test_what_is_wrong_with_a_machine_is_not_kept_as_a_failed_run(
