@@ -114,10 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rows: list[Row] = []
     for dataset in given.datasets:
-        store = Store(given.store or RESULTS / f"tune-{dataset}.jsonl")
+        # A file for each method: Flower Hub takes none above 1 MiB.
+        own = [RESULTS / f"tune-{dataset}-{method}.jsonl" for method in given.methods]
+        stores = [Store(given.store)] * len(own) if given.store else [Store(path) for path in own]
         # A search after the other for each method, so that its course does not depend on the number of cores.
         with in_threads(given.jobs) as pool:
-            rows += pool.map(partial(search, given, store, dataset), given.methods)
+            rows += pool.map(partial(search, given, dataset), given.methods, stores)
     publish("tune", rows, given.output, trials=given.trials, images=given.images, rounds=given.rounds)
     return 0 if not given.trials or all(row["accuracy"] is not None for row in rows) else 1
 
@@ -135,7 +137,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--finalists", type=int, default=3, help="that are run again (default: %(default)s)")
     parser.add_argument("--more-seeds", type=int, default=2, help="that they are run with (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
-    parser.add_argument("--store", type=Path, help="default: benchmarks/results/tune-DATASET.jsonl")
+    parser.add_argument("--store", type=Path, help="default: benchmarks/results/tune-DATASET-METHOD.jsonl")
     parser.add_argument("--configs", type=Path, help="folder for the .toml files (default: benchmarks/configs)")
     given = parser.parse_args(arguments)
     split_names(parser, given, datasets=DATASETS, methods=ALGORITHMS)
@@ -143,7 +145,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
-def search(given: argparse.Namespace, store: Store, dataset: str, algorithm: str) -> Row:
+def search(given: argparse.Namespace, dataset: str, algorithm: str, store: Store) -> Row:
     """All trials of one method; writes the best settings, and tells them as a row."""
     space = SPACES[algorithm]
     study = optuna.create_study(
