@@ -63,16 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def load(folder: Path) -> list[Run]:
     """All runs of the tables, by the settings that now count, the newest of each method, case and seed."""
     newest: dict[tuple[object, ...], Run] = {}
-    for path in sorted(folder.glob("vision*.jsonl")):
-        for run in Store(path).runs:
-            if _is_tuned(run):
-                newest[case_of(run), method_of(run), run.settings["seed"]] = run
+    for run in Store(folder / "vision.jsonl").runs:
+        if _is_tuned(run):
+            newest[case_of(run), method_of(run), run.settings["seed"]] = run
     return sorted(newest.values(), key=lambda run: METHODS.index(method_of(run)))
 
 
 def load_ablation(folder: Path) -> list[Run]:
     """All runs of variants of today's base."""
-    runs = [run for path in sorted(folder.glob("ablation-*.jsonl")) for run in Store(path).runs]
+    runs = [run for dataset in DATASETS for run in Store(folder / f"ablation-{dataset}.jsonl").runs]
     return [run for run in runs if ablation.variant_of(run) is not None]
 
 

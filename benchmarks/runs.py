@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache
+from itertools import count, takewhile
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ _IMPORTED = [
 ]  # fmt: skip
 """What takes long to import in a run: its own modules, and what they import when it is used."""
 _DIGITS = 6
+_PART_BYTES = 1_000_000
+"""Flower Hub takes no file above 1 MiB."""
 _LAST = 3
 """Rounds whose accuracies a trial is judged by."""
 
@@ -191,6 +194,8 @@ class Run:
 class Store:
     """A file of JSON lines, one a run, which grows over time and machines; no run in it is run again.
 
+    Of the file NAME.jsonl, NAME-2.jsonl and so on are further parts, begun when one is full.
+
     Raises:
         ValueError: naming the file, the line and what is wrong with it.
     """
@@ -198,12 +203,11 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._writing = threading.Lock()
-        self.runs: list[Run] = []
-        if path.exists():
-            *lines, rest = path.read_text(encoding="utf-8").split("\n")
-            if rest:  # whoever wrote it was stopped
-                print(f"{PREFIX}{path}: the last line is cut short, its run does not count", file=sys.stderr)
-            self.runs = [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+        self.runs = [run for part in self._parts() for run in _read(part)]
+
+    def _parts(self) -> list[Path]:
+        further = (self.path.with_stem(f"{self.path.stem}-{number}") for number in count(2))
+        return [self.path, *takewhile(Path.exists, further)]
 
     def find(self, config: Config, nodes: int) -> Run | None:
         """The newest run of this configuration."""
@@ -221,13 +225,20 @@ class Store:
         document = {"settings": run.settings, "nodes": nodes, "failure": failure, "provenance": run.provenance}
         line = json.dumps({**document, "rounds": _finite(columns)}, ensure_ascii=False)
         with self._writing:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b") as file:
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)  # a last line that was cut short
-                file.write(f"{line}\n".encode())
+            self._append(f"{line}\n".encode())
             self.runs.append(run)
         return run
+
+    def _append(self, line: bytes) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        parts = self._parts()
+        with parts[-1].open("a+b") as file:
+            file.seek(0)
+            size = file.truncate(file.read().rfind(b"\n") + 1)  # a last line that was cut short
+            if not size or size + len(line) <= _PART_BYTES:
+                file.write(line)
+                return
+        self.path.with_stem(f"{self.path.stem}-{len(parts) + 1}").write_bytes(line)
 
 
 def run_missing(store: Store, configs: Sequence[Config], nodes: int, jobs: int) -> list[Run]:
@@ -294,6 +305,15 @@ def _git(*arguments: str) -> str:
         ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=False
     )
     return done.stdout.strip()
+
+
+def _read(path: Path) -> list[Run]:
+    if not path.exists():
+        return []
+    *lines, rest = path.read_text(encoding="utf-8").split("\n")
+    if rest:  # whoever wrote it was stopped
+        print(f"{PREFIX}{path}: the last line is cut short, its run does not count", file=sys.stderr)
+    return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def _parsed(line: str, place: str) -> Run:

@@ -114,7 +114,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rows: list[Row] = []
     for dataset in given.datasets:
-        # A file for each method: Flower Hub takes none above 1 MiB.
         own = [RESULTS / f"tune-{dataset}-{method}.jsonl" for method in given.methods]
         stores = [Store(given.store)] * len(own) if given.store else [Store(path) for path in own]
         # A search after the other for each method, so that its course does not depend on the number of cores.

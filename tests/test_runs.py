@@ -135,6 +135,34 @@ def test_a_last_line_that_was_cut_short_does_not_count(tmp_path: Path, capsys: p
     assert path.read_text() == whole
 
 
+def test_a_file_that_is_full_is_gone_on_with_in_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "runs.jsonl"
+    Store(path).add(CONFIG, 2, ROUNDS)
+    limit = 5 * path.stat().st_size // 2  # of two runs, not three
+    monkeypatch.setattr(runs, "_PART_BYTES", limit)
+    for seed in range(1, 4):
+        Store(path).add(replace(CONFIG, seed=seed), 2, ROUNDS)
+    store = Store(path)
+    for seed in (4, 0):  # the last one is again what the first was
+        store.add(replace(CONFIG, seed=seed), 2, [*ROUNDS[:-1], {**ROUNDS[-1], "test-accuracy": 0.75}])
+
+    parts = list(tmp_path.iterdir())
+    assert {part.name for part in parts} == {"runs.jsonl", "runs-2.jsonl", "runs-3.jsonl"}
+    assert all(part.stat().st_size <= limit for part in parts)
+    again = Store(path)
+    assert [run.settings["seed"] for run in again.runs] == [0, 1, 2, 3, 4, 0]
+    newest = again.find(CONFIG, 2)
+    assert newest is not None
+    assert newest.rounds[-1]["test-accuracy"] == 0.75
+
+
+def test_a_run_that_is_larger_than_a_file_may_be_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_PART_BYTES", 10)
+    for seed in range(2):
+        Store(tmp_path / "runs.jsonl").add(replace(CONFIG, seed=seed), 2, ROUNDS)
+    assert [run.settings["seed"] for run in Store(tmp_path / "runs.jsonl").runs] == [0, 1]
+
+
 def test_rounds_to() -> None:
     assert rounds_to(ROUNDS, 0.12) == 1
     assert rounds_to(ROUNDS, 0.1) == 1, "the initial model does not count"
