@@ -1,13 +1,15 @@
-"""Tables and pictures of docs/results.md and README.md, from the runs that are kept in benchmarks/results.
+"""Tables and pictures of docs/results.md and README.md, from what is kept in benchmarks/results.
 
     python -m benchmarks.results [--check]
 
 Between ``<!-- results: NAME -->`` and ``<!-- end -->`` a page holds what is made here; all else is written by
-hand. Only runs by the settings that are now in benchmarks/configs count, and in the ablation those by its base.
+hand. Of the runs in NAME.jsonl only those by the settings that are now in benchmarks/configs count, and in the
+ablation those by its base. NAME.json is what a benchmark has written by --output, and the block NAME its table.
 --check changes nothing, and fails if the pages are not what the runs give, or a picture was drawn of others.
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +29,7 @@ from .sections import (
     accuracies_of,
     headline,
     name_of,
+    published,
     runs_of,
     section,
     sweep_name,
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     runs = load(RESULTS)
-    blocks = make_blocks(runs, load_ablation(RESULTS))
+    blocks = make_blocks(runs, load_ablation(RESULTS)) | published_blocks(RESULTS)
     stale = [page for page in PAGES if not _renew(ROOT / page, blocks, write=not given.check)]
     if given.check:
         stale += [str(IMAGES / name) for name in stale_pictures(runs, ROOT / IMAGES)]
@@ -159,6 +162,11 @@ def make_blocks(runs: Sequence[Run], of_ablation: Sequence[Run] = ()) -> dict[st
         "ablation": ablation_section(of_ablation) if of_ablation else "",
         "headline": headline(cases),
     }
+
+
+def published_blocks(folder: Path) -> dict[str, str]:
+    """The text of each block that is one benchmark's table, by its file's name."""
+    return {path.stem: published(json.loads(path.read_text("utf-8"))) for path in sorted(folder.glob("*.json"))}
 
 
 def _renew(page: Path, blocks: Mapping[str, str], *, write: bool) -> bool:

@@ -4,13 +4,11 @@ A run goes through the application's own ServerApp and ClientApp (``fedpm_flwr.i
 the same run under Ray.
 """
 
-import importlib.metadata
 import json
 import math
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -20,7 +18,6 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import date
 from functools import cache
 from itertools import count, takewhile
 from multiprocessing.context import ForkServerContext
@@ -30,7 +27,7 @@ from typing import Any
 from fedpm_flwr.config import Config, Value
 from fedpm_flwr.report import PREFIX
 
-from .machine import machine
+from .provenance import provenance
 from .table import rounded
 
 Rounds = list[dict[str, float]]
@@ -247,7 +244,6 @@ def run_missing(store: Store, configs: Sequence[Config], nodes: int, jobs: int) 
     Raises:
         RuntimeError: a run was killed, or broke off; the others are in the store.
     """
-    provenance()  # asks for the commit now: it is today's code that the runs have, whatever is committed meanwhile
     missing = [config for config in configs if store.find(config, nodes) is None]
     if len(missing) < len(configs):
         print(f"{PREFIX}{len(configs) - len(missing)} of {len(configs)} runs are in {store.path}", flush=True)
@@ -280,31 +276,6 @@ def trial_accuracy(run: Run) -> float:
     if run.failure:
         return 0.0
     return rounded(statistics.fmean(row["test-accuracy"] for row in run.rounds[1:][-_LAST:]))
-
-
-def provenance() -> dict[str, Any]:
-    """Which code, on what, by which command, when."""
-    return {
-        "commit": _commit(),
-        "flwr": importlib.metadata.version("flwr"),
-        **machine(),
-        "command": " ".join(Path(part).name if part.startswith("/") else part for part in sys.argv[1:]),
-        "date": date.today().isoformat(),
-    }
-
-
-@cache
-def _commit() -> str:
-    # Runs that are kept are tracked files, and no change of the code.
-    status = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
-    return _git("rev-parse", "--short=12", "HEAD") + ("+changes" if status else "")
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
 
 
 def _read(path: Path) -> list[Run]:

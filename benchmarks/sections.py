@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedpm_flwr.config import Value
 
@@ -195,18 +196,48 @@ def _accuracy(row: Row) -> str:
 
 
 def _provenance(benchmark: str, runs: Sequence[Run]) -> str:
-    def told(key: str) -> str:
-        return ", ".join(sorted({str(run.provenance[key]) for run in runs}))
-
     seeds = ", ".join(str(seed) for seed in sorted({int(run.settings["seed"]) for run in runs}))
-    commands = sorted({str(run.provenance["command"]) for run in runs})
     exact = f" {_NOT_EXACT}" if any(run.settings["dataset"] == "npz:cifar10.npz" for run in runs) else ""
+    return _origin(benchmark, [run.provenance for run in runs], f"Seeds {seeds}; ", exact)
+
+
+def _origin(benchmark: str, provenances: Sequence[Mapping[str, Any]], before: str = "", after: str = "") -> str:
+    """Where and when, and the commands beneath."""
+
+    def told(key: str) -> str:
+        return ", ".join(sorted({str(of[key]) for of in provenances}))
+
+    commands = sorted({f"    python -m benchmarks.{benchmark} {of['command']}".rstrip() for of in provenances})
     return (
-        f"Seeds {seeds}; {told('date')}; commit {told('commit')}; torch {told('torch')}, Flower {told('flwr')}, "
+        f"{before}{told('date')}; commit {told('commit')}; torch {told('torch')}, Flower {told('flwr')}, "
         f"Python {told('python')}; {told('processor')}, {told('cores')} cores, "
-        f"accelerator: {told('accelerator')}.{exact}\n\n"
-        + "\n".join(f"    python -m benchmarks.{benchmark} {command}" for command in commands)
-    )
+        f"accelerator: {told('accelerator')}.{after}\n\n"
+    ) + "\n".join(commands)
+
+
+def published(document: Mapping[str, Any]) -> str:
+    """What a benchmark has written by --output: its table, its foot, where they are from."""
+    parts = [
+        format_table([_with_deviations(row) for row in document["rows"]]),
+        document["foot"],
+        _origin(document["benchmark"], [document["provenance"]]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _with_deviations(row: Row) -> Row:
+    """The same, with x_mean and x_std in one column x.
+
+    >>> _with_deviations({"method": "fedpm", "accuracy_mean": 0.5, "accuracy_std": 0.01})
+    {'method': 'fedpm', 'accuracy': '0.5 ± 0.01'}
+    """
+    merged: dict[str, str | int | float | None] = {}
+    for key, value in row.items():
+        name = key.removesuffix("_mean")
+        deviation = row.get(f"{name}_std")
+        if not key.endswith("_std"):
+            merged[name] = value if deviation is None else f"{value:.4g} ± {deviation:.2g}"
+    return merged
 
 
 def ablation_section(runs: Sequence[Run]) -> str:

@@ -1,20 +1,19 @@
 """What every benchmark ends with: a table to read, JSON to keep, one line ``RESULT {json}``."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .machine import machine
+from .provenance import provenance
 
 Row = Mapping[str, str | int | float | None]
 
 
 def publish(name: str, rows: Sequence[Row], output: Path | None = None, foot: str = "", **more: Any) -> None:
-    """Print the rows and a foot, write the rows with command and machine to ``output``, print the line RESULT."""
+    """Print the rows and a foot, write both with where they come from to ``output``, print the line RESULT."""
     print(format_table(rows) + (f"\n\n{foot}" if foot else ""), flush=True)
-    document = {"benchmark": name, "command": " ".join(sys.argv[1:]), "machine": machine(), **more, "rows": rows}
+    document = {"benchmark": name, "provenance": provenance(), **more, "foot": foot, "rows": rows}
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(document, indent=1), encoding="utf-8")

@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import flwr
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import ablation, results, tune, vision
 from benchmarks.experiments import ALGORITHMS, CONFIGS, METHODS, PAPER, RESULTS, Version, tuned
 from benchmarks.runs import Run, Store, settings_of, trial_accuracy
+from benchmarks.table import publish
 from benchmarks.vision import VERSIONS, Case, pick_version
 from fedpm_flwr.algorithms import settings_without_effect
 from fedpm_flwr.config import Config
@@ -349,8 +352,28 @@ def test_only_runs_by_the_settings_that_count_now_are_shown(tmp_path: Path) -> N
     assert [one.rounds[-1]["test-accuracy"] for one in results.load(tmp_path)] == [0.3]
 
 
+def test_what_a_benchmark_has_written_is_a_block(tmp_path: Path) -> None:
+    several, one = {"seconds_mean": 0.51236, "seconds_std": 0.0123}, {"seconds_mean": 0.4, "seconds_std": None}
+    publish("server", [{"method": "fedpm", **several}, {"method": "fedavg", **one}], tmp_path / "a.json", "foot")
+    publish("wire", [{"method": "fedavg", **one}], tmp_path / "b.json")
+    blocks = results.published_blocks(tmp_path)
+    assert blocks.keys() == {"a", "b"}
+    table, foot, origin, command = blocks["a"].split("\n\n")
+    assert [line.split() for line in table.splitlines()[2:]] == [
+        ["|", "fedpm", "|", "0.5124", "±", "0.012", "|"],
+        ["|", "fedavg", "|", "0.4", "|"],
+    ]
+    assert foot == "foot"
+    assert f"torch {torch.__version__}, Flower {flwr.__version__}" in origin
+    assert command.startswith("    python -m benchmarks.server")
+    assert "foot" not in blocks["b"]
+
+
 def test_the_pages_are_what_the_runs_give() -> None:
     assert results.main(["--check"]) == 0
+    page = (results.ROOT / "docs" / "results.md").read_text()
+    for name, block in results.published_blocks(RESULTS).items():
+        assert f"<!-- results: {name} -->\n{block}<!-- end -->" in page
     blocks = results.make_blocks(results.load(RESULTS), results.load_ablation(RESULTS))
     for page, name in (("docs/results.md", "vision"), ("README.md", "headline")):
         text = (results.ROOT / page).read_text()
