@@ -16,7 +16,7 @@ help:
 	@echo "make run      train FedPM in Flower's simulation; ARGS='algorithm=localnewton alpha=1.0' for settings"
 	@echo "make deploy-demo  a SuperLink and three SuperNodes over gRPC, with TLS and keys, on this machine"
 	@echo "make compare  FedAvg, LocalNewton and FedPM side by side; ARGS='algorithms=fedavg,fedpm seeds=3' for others"
-	@echo "make results  tables and pictures of docs/results.md and README.md, from the runs in benchmarks/results"
+	@echo "make results  tables and pictures of docs/results.md and README.md, from benchmarks/results"
 	@echo "make test     the test suite"
 	@echo "make test-examples  the apps in examples/, with Lightning, transformers and PEFT"
 	@echo "make test-faults  processes killed, stalled and brought back, disks full: about ten minutes"

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .experiments import DATASETS
-from .provenance import provenance
+from .provenance import commit
 
 
 def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Of ``python -m benchmarks.NAME``, with its first option, --output."""
-    provenance()  # asks for the commit now: it is today's code that is run, whatever is committed meanwhile
+    commit()  # asked for now, and not when the figures are there
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=description,

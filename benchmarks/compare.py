@@ -30,7 +30,7 @@ from fedpm_flwr.report import PREFIX, plot_curves
 from fedpm_flwr.tasks import build_model, load_dataset, load_weights
 from scripts.processes import exit_on_signals
 
-from .provenance import provenance
+from .provenance import commit
 from .runs import Rounds, rounds_to, run_all
 from .table import Row, publish
 
@@ -60,7 +60,7 @@ class Method:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    provenance()  # asks for the commit now, whatever is committed meanwhile
+    commit()  # asked for now, and not when the figures are there
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare",
         description=__doc__.split("\n")[0],

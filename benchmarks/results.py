@@ -5,7 +5,7 @@
 Between ``<!-- results: NAME -->`` and ``<!-- end -->`` a page holds what is made here; all else is written by
 hand. Of the runs in NAME.jsonl only those by the settings that are now in benchmarks/configs count, and in the
 ablation those by its base. NAME.json is what a benchmark has written by --output, and the block NAME its table.
---check changes nothing, and fails if the pages are not what the runs give, or a picture was drawn of others.
+--check changes nothing, and fails if the pages are not what these files give, or a picture was drawn of others.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from .vision import SWEEPS, Case, case_of, method_of
 ROOT = Path(__file__).parent.parent
 PAGES = ("docs/results.md", "README.md")
 IMAGES = Path("docs", "images")
-_BLOCK = re.compile(r"(<!-- results: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- results: (?P<name>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,11 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.results", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument(
-        "--check", action="store_true", help="fail if a page or a picture is not what the runs give"
+        "--check", action="store_true", help="fail if a page or a picture is not what benchmarks/results gives"
     )
     given = parser.parse_args(arguments)
-    runs = load(RESULTS)
-    blocks = make_blocks(runs, load_ablation(RESULTS)) | published_blocks(RESULTS)
+    try:
+        runs, texts = load(RESULTS), [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
+        made, written = make_blocks(runs, load_ablation(RESULTS)), published_blocks(RESULTS)
+        check_places(made, written, texts)
+    except ValueError as error:
+        print(f"{PREFIX}{error}", file=sys.stderr)
+        return 2
+    blocks = made | written
     stale = [page for page in PAGES if not _renew(ROOT / page, blocks, write=not given.check)]
     if given.check:
         stale += [str(IMAGES / name) for name in stale_pictures(runs, ROOT / IMAGES)]
@@ -165,8 +171,34 @@ def make_blocks(runs: Sequence[Run], of_ablation: Sequence[Run] = ()) -> dict[st
 
 
 def published_blocks(folder: Path) -> dict[str, str]:
-    """The text of each block that is one benchmark's table, by its file's name."""
-    return {path.stem: published(json.loads(path.read_text("utf-8"))) for path in sorted(folder.glob("*.json"))}
+    """The text of each block that is one benchmark's table, by its file's name.
+
+    Raises:
+        ValueError: naming a file that no benchmark has written.
+    """
+    blocks = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            blocks[path.stem] = published(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a benchmark's table: {type(error).__name__}: {error}") from error
+    return blocks
+
+
+def check_places(made: Mapping[str, str], written: Mapping[str, str], texts: Iterable[str]) -> None:
+    """Each block has a name of its own, and a place in a page.
+
+    Raises:
+        ValueError: which has not.
+    """
+    for name in made.keys() & written.keys():
+        raise ValueError(f"{name}.json: the block {name} is made of runs; call the file otherwise")
+    blocks = made.keys() | written.keys()
+    places = {match["name"] for text in texts for match in _BLOCK.finditer(text)}
+    for name in sorted(places - blocks):
+        raise ValueError(f"<!-- results: {name} -->: there is no such block; allowed: {', '.join(sorted(blocks))}")
+    for name in sorted(blocks - places):
+        raise ValueError(f"neither of {', '.join(PAGES)} has a place for {name}: <!-- results: {name} -->")
 
 
 def _renew(page: Path, blocks: Mapping[str, str], *, write: bool) -> bool:

@@ -27,8 +27,8 @@ from typing import Any
 from fedpm_flwr.config import Config, Value
 from fedpm_flwr.report import PREFIX
 
-from .provenance import provenance
-from .table import rounded
+from .provenance import commit, provenance
+from .table import rounded, to_json
 
 Rounds = list[dict[str, float]]
 Ended = Callable[[Config, Rounds | str], object]
@@ -191,7 +191,7 @@ class Run:
 class Store:
     """A file of JSON lines, one a run, which grows over time and machines; no run in it is run again.
 
-    Of the file NAME.jsonl, NAME-2.jsonl and so on are further parts, begun when one is full.
+    Of the file NAME.jsonl, NAME.2.jsonl and so on are further parts, begun when one is full.
 
     Raises:
         ValueError: naming the file, the line and what is wrong with it.
@@ -203,8 +203,10 @@ class Store:
         self.runs = [run for part in self._parts() for run in _read(part)]
 
     def _parts(self) -> list[Path]:
-        further = (self.path.with_stem(f"{self.path.stem}-{number}") for number in count(2))
-        return [self.path, *takewhile(Path.exists, further)]
+        return [self.path, *takewhile(Path.is_file, map(self._part, count(2)))]
+
+    def _part(self, number: int) -> Path:
+        return self.path.with_suffix(f".{number}{self.path.suffix}")
 
     def find(self, config: Config, nodes: int) -> Run | None:
         """The newest run of this configuration."""
@@ -220,7 +222,7 @@ class Store:
         run = Run(settings_of(config), nodes, [_kept(row) for row in rounds], failure, provenance())
         columns = {key: [row.get(key) for row in run.rounds] for key in _COLUMNS}
         document = {"settings": run.settings, "nodes": nodes, "failure": failure, "provenance": run.provenance}
-        line = json.dumps({**document, "rounds": _finite(columns)}, ensure_ascii=False)
+        line = to_json({**document, "rounds": columns})
         with self._writing:
             self._append(f"{line}\n".encode())
             self.runs.append(run)
@@ -235,7 +237,8 @@ class Store:
             if not size or size + len(line) <= _PART_BYTES:
                 file.write(line)
                 return
-        self.path.with_stem(f"{self.path.stem}-{len(parts) + 1}").write_bytes(line)
+        with self._part(len(parts) + 1).open("ab") as file:
+            file.write(line)
 
 
 def run_missing(store: Store, configs: Sequence[Config], nodes: int, jobs: int) -> list[Run]:
@@ -244,6 +247,7 @@ def run_missing(store: Store, configs: Sequence[Config], nodes: int, jobs: int) 
     Raises:
         RuntimeError: a run was killed, or broke off; the others are in the store.
     """
+    commit()  # asked for now, and not when the first run is there
     missing = [config for config in configs if store.find(config, nodes) is None]
     if len(missing) < len(configs):
         print(f"{PREFIX}{len(configs) - len(missing)} of {len(configs)} runs are in {store.path}", flush=True)
@@ -303,14 +307,6 @@ def _parsed(line: str, place: str) -> Run:
 
 def _kept(row: Mapping[str, float]) -> dict[str, float]:
     return {"round": row["round"]} | {key: float(f"{row.get(key, math.nan):.{_DIGITS}g}") for key in _COLUMNS}
-
-
-def _finite(columns: Mapping[str, Sequence[float | None]]) -> dict[str, list[float | None]]:
-    """JSON has no NaN and no infinity: null."""
-    return {
-        key: [None if value is None or not math.isfinite(value) else value for value in column]
-        for key, column in columns.items()
-    }
 
 
 def _with_nan(row: dict[str, float | None]) -> dict[str, float]:

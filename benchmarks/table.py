@@ -1,6 +1,7 @@
 """What every benchmark ends with: a table to read, JSON to keep, one line ``RESULT {json}``."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,25 @@ def publish(name: str, rows: Sequence[Row], output: Path | None = None, foot: st
     document = {"benchmark": name, "provenance": provenance(), **more, "foot": foot, "rows": rows}
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    print(f"RESULT {json.dumps(document)}", flush=True)
+        output.write_text(f"{to_json(document, indent=1)}\n", encoding="utf-8")
+    print(f"RESULT {to_json(document)}", flush=True)
+
+
+def to_json(document: Any, indent: int | None = None) -> str:
+    """As JSON, which has no NaN and no infinity: null.
+
+    >>> to_json({"± seconds": [1.5, math.nan]})
+    '{"± seconds": [1.5, null]}'
+    """
+    return json.dumps(_with_null(document), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _with_null(document: Any) -> Any:
+    if isinstance(document, Mapping):
+        return {key: _with_null(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [_with_null(value) for value in document]
+    return None if isinstance(document, float) and not math.isfinite(document) else document
 
 
 def format_table(rows: Sequence[Row]) -> str:
@@ -69,4 +87,4 @@ def _number(value: str | int | float | None) -> float:
 
 
 def _cell(value: str | int | float | None) -> str:
-    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "–" if value in (None, "") else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import runs
+from benchmarks.provenance import commit, provenance
 from benchmarks.runs import Rounds, Store, rounds_to, run_missing, settings_of
 from fedpm_flwr.config import Config
 
@@ -147,7 +148,7 @@ def test_a_file_that_is_full_is_gone_on_with_in_another(tmp_path: Path, monkeypa
         store.add(replace(CONFIG, seed=seed), 2, [*ROUNDS[:-1], {**ROUNDS[-1], "test-accuracy": 0.75}])
 
     parts = list(tmp_path.iterdir())
-    assert {part.name for part in parts} == {"runs.jsonl", "runs-2.jsonl", "runs-3.jsonl"}
+    assert {part.name for part in parts} == {"runs.jsonl", "runs.2.jsonl", "runs.3.jsonl"}
     assert all(part.stat().st_size <= limit for part in parts)
     again = Store(path)
     assert [run.settings["seed"] for run in again.runs] == [0, 1, 2, 3, 4, 0]
@@ -161,6 +162,39 @@ def test_a_run_that_is_larger_than_a_file_may_be_is_kept(tmp_path: Path, monkeyp
     for seed in range(2):
         Store(tmp_path / "runs.jsonl").add(replace(CONFIG, seed=seed), 2, ROUNDS)
     assert [run.settings["seed"] for run in Store(tmp_path / "runs.jsonl").runs] == [0, 1]
+    assert {part.name for part in tmp_path.iterdir()} == {"runs.jsonl", "runs.2.jsonl"}
+
+
+def test_the_command_that_is_kept_names_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [
+        "x.py",
+        "--data",
+        "/srv/a/data",
+        "--output=/home/me/x.json",
+        "dataset=npz:/srv/a b/c.npz",
+        "alpha=0.1",
+    ]
+    monkeypatch.setattr("sys.argv", [*given, "algorithms=fedavg:initial-model=/m/n.npz,fedpm", "runs/here"])
+    command = provenance()["command"]
+    assert command.startswith("--data data --output=x.json dataset=npz:c.npz alpha=0.1 ")
+    assert command.endswith(" algorithms=fedavg:initial-model=n.npz,fedpm runs/here")
+
+
+def test_without_git_no_commit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    commit.cache_clear()
+    assert commit() == "unknown"
+    commit.cache_clear()
+
+
+def test_the_commit_is_asked_for_before_there_are_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("benchmarks.step", "benchmarks.compare"):
+        commit.cache_clear()
+        with pytest.raises(SystemExit):
+            importlib.import_module(name).main(["--help"])
+        assert commit.cache_info().misses == 1
 
 
 def test_rounds_to() -> None:

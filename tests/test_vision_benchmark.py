@@ -1,6 +1,7 @@
 """The benchmarks of the paper's table, in their smallest versions, end to end."""
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -352,7 +353,8 @@ def test_only_runs_by_the_settings_that_count_now_are_shown(tmp_path: Path) -> N
     assert [one.rounds[-1]["test-accuracy"] for one in results.load(tmp_path)] == [0.3]
 
 
-def test_what_a_benchmark_has_written_is_a_block(tmp_path: Path) -> None:
+def test_what_a_benchmark_has_written_is_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["x.py", "--threads", "2"])
     several, one = {"seconds_mean": 0.51236, "seconds_std": 0.0123}, {"seconds_mean": 0.4, "seconds_std": None}
     publish("server", [{"method": "fedpm", **several}, {"method": "fedavg", **one}], tmp_path / "a.json", "foot")
     publish("wire", [{"method": "fedavg", **one}], tmp_path / "b.json")
@@ -365,8 +367,27 @@ def test_what_a_benchmark_has_written_is_a_block(tmp_path: Path) -> None:
     ]
     assert foot == "foot"
     assert f"torch {torch.__version__}, Flower {flwr.__version__}" in origin
-    assert command.startswith("    python -m benchmarks.server")
+    assert command == "    python -m benchmarks.server --threads 2\n"
     assert "foot" not in blocks["b"]
+
+    (tmp_path / "c.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match=r"c\.json: not a benchmark's table: KeyError"):
+        results.published_blocks(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "place", "message"),
+    [
+        ({"a", "vision"}, "a", "vision.json: the block vision is made of runs"),
+        ({"a"}, "b_2", "<!-- results: b_2 -->: there is no such block; allowed: a, vision"),
+        ({"a", "b"}, "a", "has a place for b: <!-- results: b -->"),
+    ],
+)
+def test_a_block_has_a_name_and_a_place(names: set[str], place: str, message: str) -> None:
+    texts = [f"x\n<!-- results: {name} -->\nold\n<!-- end -->\n" for name in ("vision", place)]
+    results.check_places({"vision": "v"}, {"a": "t"}, [texts[0], texts[1].replace(place, "a")])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        results.check_places({"vision": "v"}, dict.fromkeys(names, "t"), texts)
 
 
 def test_the_pages_are_what_the_runs_give() -> None:
