@@ -14,11 +14,13 @@ from .runs import Run
 from .table import Row, format_table
 from .vision import Case, case_of, method_of, rows_of
 
-_SWEPT = {
-    "epochs": "the same local epochs in all, in more rounds or fewer",
-    "alpha": "heterogeneity",
-    "clients": "number of clients",
-    "participation": "share of the clients in a round",
+_SWEPT: Mapping[str, Callable[[Case], str]] = {
+    "epochs": lambda case: (
+        f"{case.version.rounds * case.version.epochs} local epochs in all, in more rounds or fewer"
+    ),
+    "alpha": lambda _: "heterogeneity",
+    "clients": lambda _: "number of clients",
+    "participation": lambda _: "share of the clients in a round",
 }
 LABELS: Mapping[str, Callable[[Case], str]] = {
     "epochs": lambda case: f"{case.version.rounds} rounds × {case.version.epochs}",
@@ -123,7 +125,7 @@ def sweep_section(sweep: Sweep, runs: Sequence[Run]) -> str:
     ]
     own = runs_of(sweep, runs)
     picture = f"![Test accuracy](images/{sweep_name(sweep)}.png)"
-    title = f"### {_TITLES[first.dataset]}: {_SWEPT[sweep.kind]}"
+    title = f"### {_TITLES[first.dataset]}: {_SWEPT[sweep.kind](first)}"
     return "\n".join(
         [title, "", f"{told}.", "", format_table(table), "", picture, "", _provenance("vision", own), ""]
     )
