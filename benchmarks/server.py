@@ -8,9 +8,9 @@ after the colon; fedavg: Flower's own, which gets the same replies as fedpm:auto
 
 Columns: peak_mb, the process's largest resident memory, Python and PyTorch included; times_first, as a multiple
 of that with the fewest clients; seconds a client, all but reading and parsing; floor_seconds, for the same work:
-a client's bytes and θ read, and the sums read and written once, by this machine's memory bandwidth; and Pᵢ(θᵢ −
-θ), the sum of the Pᵢ, the Cholesky factor that tells whether Pᵢ is positive definite, and a client's share of
-the last solve, by its rate of matrix products in float64 (both measured here); times_floor; times_fedavg.
+a client's bytes and θ read, and the sums read and written once, by this machine's memory bandwidth; and
+Pᵢ(θᵢ − θ), the sum of the Pᵢ, the Cholesky factor that tells whether Pᵢ is positive definite, and a client's share
+of the last solve, by its rate of matrix products in float64 (both measured here); times_floor; times_fedavg.
 """
 
 import argparse

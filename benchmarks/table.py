@@ -39,13 +39,13 @@ def _with_null(document: Any) -> Any:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table; a row without a column has – there.
+    """The rows as a Markdown table; a row without a column, or with nothing in it, has – there.
 
-    >>> print(format_table([{"method": "fedpm", "accuracy": 0.5}, {"method": "fedavg", "accuracy": None}]))
+    >>> print(format_table([{"method": "fedpm", "accuracy": 0.5}, {"method": "", "accuracy": None}]))
     | method | accuracy |
     | ------ | -------- |
     | fedpm  | 0.5      |
-    | fedavg | –        |
+    | –      | –        |
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]

@@ -187,9 +187,7 @@ def test_without_git_no_commit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     commit.cache_clear()
 
 
-def test_the_commit_is_asked_for_before_there_are_figures(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commit_is_asked_for_before_there_are_figures() -> None:
     for name in ("benchmarks.step", "benchmarks.compare"):
         commit.cache_clear()
         with pytest.raises(SystemExit):
