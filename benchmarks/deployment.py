@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 
 from fedpm_flwr.config import MODELS, Config
+from scripts.application import copy_application
 from scripts.certificates import make as make_certificates
-from scripts.federation import Federation, copy_application
+from scripts.federation import Federation
 from scripts.processes import CHECKOUT
 
 from .arguments import make_parser, split_names
@@ -171,7 +172,7 @@ def config_of(method: Method, model: str, nodes: int, rounds: int, data: Path, o
         "algorithm": method.algorithm,
         "packed-arrays": method.packed,
         "dataset": f"npz:{data}",
-        "partition": "iid",
+        "partition": "contiguous",
         "model": model,
         "num-server-rounds": rounds,
         "min-available-nodes": nodes,

@@ -1,9 +1,8 @@
 """A SuperLink and SuperNodes on this machine, as real processes that speak gRPC."""
 
 import json
-import shutil
 import subprocess
-from collections.abc import Mapping
+import tempfile
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import TracebackType
 
 from fedpm_flwr.config import Config
 
+from .application import copy_application
 from .processes import CHECKOUT, environment, free_ports, listens, start, stop_all, wait_until
 from .simulate import follow, run_status
 
@@ -18,19 +18,6 @@ NAME = "federation"
 """Of the connection in Flower's own configuration file."""
 SPEAKS_GRPC = version("flwr").startswith("1.39.")
 """Whether SuperNodes have a gRPC port of their own; on later releases all goes to one port, by HTTP."""
-
-
-_APPLICATION = ("client_app.py", "server_app.py", "pyproject.toml", "README.md", "LICENSE")
-
-
-def copy_application(folder: Path, replaced: Mapping[str, str]) -> Path:
-    """The application in another folder (named by letters, digits, hyphens), with other texts for some files."""
-    shutil.copytree(CHECKOUT / "fedpm_flwr", folder / "fedpm_flwr", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in _APPLICATION:
-        shutil.copy(CHECKOUT / name, folder)
-    for name, text in replaced.items():
-        (folder / name).write_text(text)
-    return folder
 
 
 class Federation:
@@ -123,8 +110,10 @@ class Federation:
         """Run the application, or another that lies elsewhere; returns Flower's word on how it ended."""
         settings = self.folder / "run-config.toml"
         settings.write_text(config.to_toml())
-        command = ["flwr", "run", str(checkout or self._checkout), NAME, "--stream", "--run-config", str(settings)]
-        follow(command, self.variables, self.folder / "flower.log")
+        with tempfile.TemporaryDirectory(prefix="fedpm-flwr-") as folder:
+            application = copy_application(Path(folder) / "fedpm-flwr", checkout=checkout or self._checkout)
+            command = ["flwr", "run", str(application), NAME, "--stream", "--run-config", str(settings)]
+            follow(command, self.variables, self.folder / "flower.log")
         return run_status(self.variables, NAME)
 
     def stop(self) -> None:

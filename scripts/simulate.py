@@ -26,6 +26,7 @@ from typing import Any
 from fedpm_flwr.config import Config, ConfigError, describe, parse_settings
 from fedpm_flwr.report import PREFIX, output_folder
 
+from .application import copy_application
 from .processes import CHECKOUT, environment, exit_on_signals, free_ports, is_healthy, start, stop_all, wait_until
 
 _TAIL_LINES = 40
@@ -96,7 +97,8 @@ def _simulate(config: Config, arguments: argparse.Namespace) -> int:
             f"num-supernodes={arguments.nodes} client-resources-num-cpus={arguments.cpus} "
             f"client-resources-num-gpus={gpus}"
         )
-        command = ["flwr", "run", str(CHECKOUT), "--stream", "--run-config", str(settings)]
+        application = copy_application(Path(home) / "fedpm-flwr")
+        command = ["flwr", "run", str(application), "--stream", "--run-config", str(settings)]
         log = follow([*command, "--federation-config", federation], variables, output / "flower.log")
         status = run_status(variables)
     if status == "finished:completed":

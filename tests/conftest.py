@@ -1,5 +1,7 @@
 """Settings of the whole suite."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -14,7 +16,14 @@ collect_ignore = ["uses.py"]
 # Tests compute little, many times over: a second thread costs more than it brings.
 torch.set_num_threads(1)
 
+_LONGEST = ("tests/test_simulation.py", "tests/test_vision_benchmark.py")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: each goes to one core whole, and what is left at the end has the other one idle."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_simulation.py"))
+    """The longest files first: each goes to one core whole, and what is left at the end has the others idle."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores: processes of Flower's wait for each other, and leave a quarter of them idle."""
+    return (os.cpu_count() or 1) + 1

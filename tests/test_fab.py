@@ -11,7 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
 from safetensors.torch import load_file
+
+from scripts.application import copy_application
 
 from .installed import NOT_OURS, ROOT
 
@@ -42,6 +45,15 @@ def test_the_fab_holds_the_application_and_nothing_else(fab: Path) -> None:
     expected = package | {"client_app.py", "server_app.py", "pyproject.toml", "README.md", "LICENSE"}
     assert {name for name in names if not name.startswith(".info/")} == expected
     assert {name for name in names if name.startswith(".info/")} == {".info/CONTENT"}
+
+
+def test_of_a_copy_of_the_application_it_is_the_same(fab: Path, checkout: Path, tmp_path: Path) -> None:
+    (checkout / "fedpm_flwr" / "notes.txt").write_text("not Python")
+    copy = copy_application(tmp_path / "fedpm-flwr", checkout=checkout)
+    assert not (copy / "fedpm_flwr" / "notes.txt").exists()
+    assert build_fab_from_disk(copy) == fab.read_bytes()
+    copy_application(tmp_path / "other", {"fedpm_flwr/more.py": "TEN = 10"}, checkout)
+    assert (tmp_path / "other" / "fedpm_flwr" / "more.py").read_text() == "TEN = 10"
 
 
 def test_the_fab_is_small(fab: Path) -> None:

@@ -151,6 +151,19 @@ def test_as_many_are_held_as_fit_and_the_rest_wait() -> None:
     assert small.pulls <= 3
 
 
+@pytest.mark.parametrize(
+    ("app", "few"), [(reply_app(4), 2), (reply_app(3000), 4), (ClientApp(), 4)], ids=["small", "large", "errors"]
+)
+def test_who_has_replied_is_not_waited_for(app: ClientApp, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though of large replies, and where there are errors alone, one is pulled at a time."""
+    slept: list[float] = []
+    monkeypatch.setattr("fedpm_flwr.grids.time.sleep", slept.append)
+    slow = Slow(InlineGrid(app, 4, {}, seed=1), {})
+    assert sum(1 for _ in StreamingGrid(slow).send_and_receive(requests(slow))) == 4
+    assert slept == []
+    assert slow.pulls == few
+
+
 def test_those_who_do_not_reply_in_time_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
     inline = InlineGrid(reply_app(4), 6, {}, seed=3)
     nodes = sorted(inline.get_node_ids())

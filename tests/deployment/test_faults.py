@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from scripts.application import copy_application
 from scripts.certificates import make
-from scripts.federation import Federation, copy_application
+from scripts.federation import Federation
 from scripts.processes import CHECKOUT
 
 from .helpers import COMPLETED, Background, apps, check_same_model, config, run_in_one_process, wait_for

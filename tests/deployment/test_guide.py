@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from scripts.federation import SPEAKS_GRPC, copy_application
+from scripts.application import copy_application
+from scripts.federation import SPEAKS_GRPC
 from scripts.processes import CHECKOUT
 
 from .helpers import check_same_model, run_in_one_process
@@ -75,7 +76,7 @@ def test_the_guide(tmp_path: Path) -> None:
     is_there = shutil.which("ip") and Path("/srv").is_dir()
     if not is_there or subprocess.run([*NAMESPACES, "true"], check=False).returncode:
         pytest.skip("needs namespaces, as Linux gives them to root or to all users")
-    checkout = copy_application(tmp_path / "fedpm-flwr", {})
+    checkout = copy_application(tmp_path / "fedpm-flwr")
     shutil.copytree(CHECKOUT / "scripts", checkout / "scripts")
     (checkout / ".venv").symlink_to(sys.prefix)
     (tmp_path / "logs").mkdir()
