@@ -60,6 +60,7 @@ class Method:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    exit_on_signals()
     commit()  # asked for now, and not when the figures are there
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare",
@@ -84,7 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem:
         print(f"{PREFIX}{problem}", file=sys.stderr)
         return 2
-    exit_on_signals()
     try:
         runs = run_all([config for method in methods for config in method.configs], given.nodes, given.jobs)
     except KeyboardInterrupt:
