@@ -172,7 +172,7 @@ def config_of(method: Method, model: str, nodes: int, rounds: int, data: Path, o
         "algorithm": method.algorithm,
         "packed-arrays": method.packed,
         "dataset": f"npz:{data}",
-        "partition": "contiguous",
+        "partition": "iid",
         "model": model,
         "num-server-rounds": rounds,
         "min-available-nodes": nodes,

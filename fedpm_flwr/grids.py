@@ -150,7 +150,7 @@ class StreamingGrid(WrappedGrid):
                         self._received_from(waiting[key], reply, server_round, time.monotonic() - start)
                 del reply  # else it would be held until the next
             tried = set(turn)
-            more_may_be_there = ahead.keys() >= tried
+            all_came = ahead.keys() >= tried  # so that more may be there
             while waiting and ((first := next(iter(waiting))) in ahead or (is_late and first in tried)):
                 node = waiting.pop(first)
                 if first in ahead:
@@ -158,7 +158,7 @@ class StreamingGrid(WrappedGrid):
                     yield _as_from(node, ahead.pop(first))
                 else:
                     silent.append(node)
-            if waiting and not is_late and not more_may_be_there:
+            if waiting and not is_late and not all_came:
                 passed = time.monotonic() - start
                 if passed >= notice:
                     notice = 2 * passed

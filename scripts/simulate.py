@@ -54,7 +54,7 @@ def main() -> int:
         return _simulate(config, arguments)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"{PREFIX}{error}", file=sys.stderr)
         return 1
 
@@ -89,7 +89,8 @@ def _simulate(config: Config, arguments: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)
     wait = "the first round takes longest, up to a minute"
     print(f"{PREFIX}starting Flower's simulation with {arguments.nodes} clients; {wait}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="fedpm-flwr-") as home, _superlink(Path(home)) as variables:
+    with tempfile.TemporaryDirectory(prefix="fedpm-flwr-") as home:
+        application = copy_application(Path(home) / "fedpm-flwr")
         settings = Path(home) / "run-config.toml"
         settings.write_text(config.to_toml())
         gpus = _gpu_share(config.device, arguments.cpus) if arguments.gpus is None else arguments.gpus
@@ -97,10 +98,10 @@ def _simulate(config: Config, arguments: argparse.Namespace) -> int:
             f"num-supernodes={arguments.nodes} client-resources-num-cpus={arguments.cpus} "
             f"client-resources-num-gpus={gpus}"
         )
-        application = copy_application(Path(home) / "fedpm-flwr")
         command = ["flwr", "run", str(application), "--stream", "--run-config", str(settings)]
-        log = follow([*command, "--federation-config", federation], variables, output / "flower.log")
-        status = run_status(variables)
+        with _superlink(Path(home)) as variables:
+            log = follow([*command, "--federation-config", federation], variables, output / "flower.log")
+            status = run_status(variables)
     if status == "finished:completed":
         return 0
     print("".join(log[-_TAIL_LINES:]), file=sys.stderr)

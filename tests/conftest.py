@@ -1,6 +1,7 @@
 """Settings of the whole suite."""
 
 import os
+from collections.abc import Generator
 
 import pytest
 import torch
@@ -20,10 +21,12 @@ _LONGEST = ("tests/test_simulation.py", "tests/test_vision_benchmark.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: each goes to one core whole, and what is left at the end has the others idle."""
+    """The longest files first: each goes to one worker whole, and what is left at the end has the others idle."""
     items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than cores: processes of Flower's wait for each other, and leave a quarter of them idle."""
-    return (os.cpu_count() or 1) + 1
+@pytest.hookimpl(wrapper=True)
+def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
+    """One more than cores, if nothing else is asked for: much of a test of Flower's processes is waiting."""
+    cores = yield
+    return cores if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else cores + 1

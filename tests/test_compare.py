@@ -107,7 +107,10 @@ def test_a_stopped_comparison_stops_its_runs(tmp_path: Path, stop: signal.Signal
 
 
 def _has_children(pid: int, folder: Path) -> bool:
-    return bool(psutil.Process(pid).children())
+    """Whether it has begun what its runs come from, and not only asked git for the commit."""
+    with suppress(psutil.NoSuchProcess):
+        return any(child.name() != "git" for child in psutil.Process(pid).children())
+    return False
 
 
 def _has_rounds(pid: int, folder: Path) -> bool:

@@ -49,11 +49,25 @@ def test_the_fab_holds_the_application_and_nothing_else(fab: Path) -> None:
 
 def test_of_a_copy_of_the_application_it_is_the_same(fab: Path, checkout: Path, tmp_path: Path) -> None:
     (checkout / "fedpm_flwr" / "notes.txt").write_text("not Python")
+    (checkout / "fedpm_flwr" / "link.py").symlink_to(checkout / "client_app.py")
+    (checkout / "fedpm_flwr" / ".#mixing.py").symlink_to("nobody@nowhere")  # as an editor leaves
     copy = copy_application(tmp_path / "fedpm-flwr", checkout=checkout)
     assert not (copy / "fedpm_flwr" / "notes.txt").exists()
-    assert build_fab_from_disk(copy) == fab.read_bytes()
+    assert build_fab_from_disk(copy) == build_fab_from_disk(checkout) == fab.read_bytes()
     copy_application(tmp_path / "other", {"fedpm_flwr/more.py": "TEN = 10"}, checkout)
     assert (tmp_path / "other" / "fedpm_flwr" / "more.py").read_text() == "TEN = 10"
+
+
+def test_of_the_checkout_itself_it_is_the_same(fab: Path) -> None:
+    """With the environment and all else that lies there."""
+    assert build_fab_from_disk(ROOT) == fab.read_bytes()
+
+
+@pytest.mark.parametrize("pattern", ["*.py", "/fedpm_flwr/", "!/client_app.py"])
+def test_what_cannot_be_copied_is_named(pattern: str, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(f"[tool.flwr.app]\nfab-include = ['{pattern}']")
+    with pytest.raises(ValueError, match=r"pyproject\.toml: fab-include has '.*'; allowed: patterns of files"):
+        copy_application(tmp_path / "copy", checkout=tmp_path)
 
 
 def test_the_fab_is_small(fab: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -157,7 +158,8 @@ def test_as_many_are_held_as_fit_and_the_rest_wait() -> None:
 def test_who_has_replied_is_not_waited_for(app: ClientApp, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though of large replies, and where there are errors alone, one is pulled at a time."""
     slept: list[float] = []
-    monkeypatch.setattr("fedpm_flwr.grids.time.sleep", slept.append)
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=slept.append)
+    monkeypatch.setattr("fedpm_flwr.grids.time", clock)
     slow = Slow(InlineGrid(app, 4, {}, seed=1), {})
     assert sum(1 for _ in StreamingGrid(slow).send_and_receive(requests(slow))) == 4
     assert slept == []

@@ -20,7 +20,7 @@ from scripts.processes import of_home
 NODES, ROUNDS = 2, 2
 SETTINGS: dict[str, object] = {
     "model": "linear",
-    "partition": "contiguous",  # needs no library: each message has a process of its own, which imports all anew
+    "alpha": 1.0,
     "local-steps": 2,
     "num-server-rounds": ROUNDS,
     "min-available-nodes": NODES,
