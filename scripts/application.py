@@ -23,7 +23,7 @@ def copy_application(folder: Path, replaced: Mapping[str, str] | None = None, ch
         checkout: the application's folder.
 
     Raises:
-        ValueError: ``fab-include`` has a pattern that may match anywhere, for which all files would be looked at.
+        ValueError: ``fab-include`` has a pattern that is not of files from the root on: it may match anywhere.
     """
     settings = checkout / "pyproject.toml"
     for pattern in (*_SETTINGS, *tomllib.loads(settings.read_text())["tool"]["flwr"]["app"]["fab-include"]):

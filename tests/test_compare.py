@@ -106,6 +106,23 @@ def test_a_stopped_comparison_stops_its_runs(tmp_path: Path, stop: signal.Signal
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def test_a_comparison_that_is_stopped_while_git_is_asked_ends_in_order(tmp_path: Path) -> None:
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\necho > asked\nexec sleep 60\n")
+    git.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.compare"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": path},
+    )
+    end = time.monotonic() + 120
+    while not (tmp_path / "asked").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+
+
 def _has_children(pid: int, folder: Path) -> bool:
     """Whether it has begun what its runs come from, and not only asked git for the commit."""
     with suppress(psutil.NoSuchProcess):

@@ -48,12 +48,16 @@ def test_the_fab_holds_the_application_and_nothing_else(fab: Path) -> None:
 
 
 def test_of_a_copy_of_the_application_it_is_the_same(fab: Path, checkout: Path, tmp_path: Path) -> None:
-    (checkout / "fedpm_flwr" / "notes.txt").write_text("not Python")
-    (checkout / "fedpm_flwr" / "link.py").symlink_to(checkout / "client_app.py")
-    (checkout / "fedpm_flwr" / ".#mixing.py").symlink_to("nobody@nowhere")  # as an editor leaves
-    copy = copy_application(tmp_path / "fedpm-flwr", checkout=checkout)
+    """Of a checkout in which more lies about than Flower bundles."""
+    littered = shutil.copytree(checkout, tmp_path / "littered")
+    (littered / "fedpm_flwr" / "notes.txt").write_text("not Python")
+    (littered / "fedpm_flwr" / "build").mkdir()
+    (littered / "fedpm_flwr" / "build" / "ignored.py").write_text("NOT = 'tracked'")
+    (littered / "fedpm_flwr" / "link.py").symlink_to(littered / "client_app.py")
+    (littered / "fedpm_flwr" / ".#mixing.py").symlink_to("nobody@nowhere")  # as an editor leaves
+    copy = copy_application(tmp_path / "fedpm-flwr", checkout=littered)
     assert not (copy / "fedpm_flwr" / "notes.txt").exists()
-    assert build_fab_from_disk(copy) == build_fab_from_disk(checkout) == fab.read_bytes()
+    assert build_fab_from_disk(copy) == build_fab_from_disk(littered) == fab.read_bytes()
     copy_application(tmp_path / "other", {"fedpm_flwr/more.py": "TEN = 10"}, checkout)
     assert (tmp_path / "other" / "fedpm_flwr" / "more.py").read_text() == "TEN = 10"
 
