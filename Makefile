@@ -19,7 +19,7 @@ help:
 	@echo "make results  tables and pictures of docs/results.md and README.md, from benchmarks/results"
 	@echo "make test     the test suite"
 	@echo "make test-examples  the apps in examples/, with Lightning, transformers and PEFT"
-	@echo "make test-faults  processes killed, stalled and brought back, disks full: about ten minutes"
+	@echo "make test-faults  processes killed, stalled and brought back, disks full: a quarter of an hour"
 	@echo "make test-newest-flwr  the test suite on the newest Flower"
 	@echo "make check    format, lint, types, then the test suite"
 	@echo "make docs     the documentation as a site, in site/"
@@ -46,7 +46,8 @@ test-examples: $(VENV)/.examples
 	$(BIN)/python -m pytest tests/test_examples.py tests/test_lightning.py $(ARGS)
 
 test-faults: $(VENV)/.dev
-	$(BIN)/python -m pytest -m faults -n 2 --dist load -v --durations=0 tests/deployment $(ARGS)
+	$(BIN)/python -m pytest -m faults -n 2 --dist load -v --durations=0 \
+		tests/deployment tests/test_simulation.py tests/test_convex.py $(ARGS)
 
 test-newest-flwr: $(NEWEST)/.dev
 	@$(NEWEST)/bin/python -c 'import flwr; print("Flower", flwr.__version__)'

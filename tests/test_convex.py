@@ -99,6 +99,7 @@ def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: p
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.faults
 def test_the_same_in_flowers_simulation(tmp_path: Path) -> None:
     """Real Ray, a real SuperLink: after two rounds the model is as far from the optimum as in this process."""
     lasts = []

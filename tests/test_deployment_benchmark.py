@@ -33,7 +33,7 @@ def test_the_data_is_what_the_settings_name(tmp_path: Path) -> None:
 
 
 def test_the_smallest_version_over_grpc(capsys: pytest.CaptureFixture[str]) -> None:
-    small = "--model linear --methods fedpm --tls true --nodes 1 --rounds 2 --repeats 1"
+    small = "--model linear --methods fedpm --tls false --nodes 1 --rounds 2 --repeats 1"
     assert main(small.split()) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
     assert (result["benchmark"], result["model"], result["nodes"]) == ("deployment", "linear", 1)
@@ -41,7 +41,7 @@ def test_the_smallest_version_over_grpc(capsys: pytest.CaptureFixture[str]) -> N
     assert (flowers_own["method"], flowers_own["strategy"], flowers_own["codec"]) == ("fedavg", "flwr", None)
     assert (fedpm["method"], fedpm["strategy"], fedpm["codec"]) == ("fedpm", "fedpm_flwr", "auto")
     for row in (flowers_own, fedpm):
-        assert row["tls"] == "true"
+        assert row["tls"] == "false"
         assert row["round_seconds"] > 0 == row["range_seconds"]
         assert row["times_flwr"] == pytest.approx(row["round_seconds"] / flowers_own["round_seconds"], rel=2e-3)
     megabytes_of_a_model = 4 * (3 * 32 * 32 + 1) * 10 / 1e6

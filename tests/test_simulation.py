@@ -85,33 +85,32 @@ MODELS: dict[str, tuple[Callable[[Path], str], dict[str, object]]] = {
     # Layers of more than 600 inputs without curvature: the 4,608 of the last ones take minutes on two cores.
     "resnet18-gn": (images, {**FEW, "max-factor-side": 600, "damping": 1.0, "learning-rate": 0.003}),
     "vit": (images, {**FEW, "optimizer": "kfac", "clip": 1.0}),
-    "char-lm": (text, {**FEW, "damping": 1.0}),
 }
 
 
 @pytest.mark.filterwarnings("ignore:no curvature for")  # of norms, and of layers wider than the limit
-@pytest.mark.parametrize("model", MODELS)
-def test_a_round_of_every_kind_of_model_on_ray_and_inline(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["resnet18-gn", pytest.param("vit", marks=pytest.mark.faults)])
+def test_a_round_of_a_model_for_images_on_ray_and_inline(model: str, tmp_path: Path) -> None:
     """The same model to the last bit, better than before, with curvature on the wire."""
     dataset, changes = MODELS[model]
     settings = {"model": model, "dataset": dataset(tmp_path), "num-server-rounds": 1, **changes}
-    # Each of Ray's processes imports all anew: text has one for each client, images one for both.
-    cpus = 1 if model == "char-lm" else os.cpu_count()
-    before, after = ray_and_inline(tmp_path, 2, {**settings, "partition": "contiguous"}, f"--cpus={cpus}")
+    # Each of Ray's processes imports all anew: one for both clients.
+    cpus = f"--cpus={os.cpu_count()}"
+    before, after = ray_and_inline(tmp_path, 2, {**settings, "partition": "contiguous"}, cpus)
     assert after["test-loss"] < before["test-loss"]
     assert after["clients"] == 2
 
 
 def test_several_rounds_of_some_of_the_nodes_on_ray_and_inline(tmp_path: Path) -> None:
-    settings = {"model": "linear", "dataset": "breast-cancer", "optimizer": "newton", "damping": 0.01}
-    rounds = {"num-server-rounds": 3, "fraction-train": 0.75, "seed": 4, "local-steps": 1, "batch-size": 0}
-    rows = ray_and_inline(tmp_path, 4, {**settings, **rounds})
+    """Of a model for text."""
+    settings = {**FEW, "model": "char-lm", "dataset": text(tmp_path), "damping": 1.0, "partition": "contiguous"}
+    rows = ray_and_inline(tmp_path, 4, {**settings, "num-server-rounds": 3, "fraction-train": 0.75, "seed": 4})
     assert [row["clients"] for row in rows] == [0, 3, 3, 3]
     assert rows[-1]["test-loss"] < rows[0]["test-loss"]
     for name in ("config.toml", "metrics.csv", "metrics.json", "curves.png", "flower.log"):
         assert (tmp_path / "ray" / name).stat().st_size > 0
     # Once in the server's process, and once in each of Ray's that serve the clients: not once a round.
-    read = (tmp_path / "ray" / "flower.log").read_text().count("read breast-cancer: ")
+    read = (tmp_path / "ray" / "flower.log").read_text().count("read text:")
     assert 2 <= read <= 1 + (os.cpu_count() or 1)
 
 

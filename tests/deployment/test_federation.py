@@ -62,6 +62,7 @@ def said(log: Path, *words: str) -> bool:
     return False
 
 
+@pytest.mark.faults
 def test_without_tls(tmp_path: Path, expected: Path) -> None:
     with Federation(tmp_path / "federation") as federation:
         for number in range(NODES):
