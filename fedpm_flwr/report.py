@@ -220,12 +220,12 @@ def plot_curves(methods: Mapping[str, Sequence[Sequence[Row]]], path: Path) -> N
         from matplotlib.figure import Figure
 
     # Margins of a fixed size: fitting them to the text takes as long again as drawing, at the end of every run.
-    columns = max(1, min(len(methods), 3))
+    columns = 3  # of the legend
     legend_inches = 0.2 + 0.21 * -(-len(methods) // columns)
     height = 3.4 + legend_inches
     figure = Figure(figsize=(12, height))
-    margins = {"left": 0.06, "right": 0.985, "bottom": 0.5 / height, "top": 1 - legend_inches / height}
-    panels = figure.subplots(1, 3, gridspec_kw={**margins, "wspace": 0.25})
+    margins = {"left": 0.07, "right": 0.985, "bottom": 0.5 / height, "top": 1 - legend_inches / height}
+    panels = figure.subplots(1, 3, gridspec_kw={**margins, "wspace": 0.3})
     for axes, (x, y) in zip(
         panels,
         (("round", "test-accuracy"), ("uplink-mb", "test-accuracy"), ("round", "test-loss")),

@@ -82,7 +82,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, capfd: p
     [(signal.SIGTERM, "at the start"), (signal.SIGTERM, "in a run"), (signal.SIGKILL, "in a run")],
 )
 def test_a_stopped_comparison_stops_its_runs(tmp_path: Path, stop: signal.Signals, when: str) -> None:
-    arguments = ["num-server-rounds=500", f"output={tmp_path}", "seeds=9"]
+    arguments = ["num-server-rounds=100000", f"output={tmp_path}", "seeds=9"]
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.compare", *arguments],
         cwd=ROOT,

@@ -4,13 +4,12 @@ There is no Docker engine in this suite; tests/deployment/test_containers.py run
 """
 
 import fnmatch
-import io
+import json
+import os
 import re
+import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from itertools import combinations
 from pathlib import Path
 
@@ -45,22 +44,42 @@ INSTRUCTIONS = re.sub(r"^\s*#.*\n", "", DOCKERFILE, flags=re.MULTILINE).replace(
 INSTRUCTIONS = [line for line in INSTRUCTIONS if line.strip()]
 
 
-@dataclass
-class Ended:
-    status: object
-    said: str
+SERVICES: list[Service] = [parameter.values[0] for parameter in ALL]  # type: ignore[misc]
+WRONG = [("flower-superlink", "--fleet-api-type=grpc-bidi"), ("flower-supernode", "--port=123456")]
+_ASK = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import entry_points
+
+told = []
+for words in json.load(sys.stdin):
+    (script,) = entry_points(group="console_scripts", name=words[0])
+    sys.argv, said = [*words, "--help"], io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        try:
+            script.load()()
+        except SystemExit as ended:
+            told.append([ended.code, said.getvalue()])
+json.dump(told, sys.stdout)
+"""
 
 
 @cache
-def help_of(command: str, *options: str) -> Ended:
-    """What the command's script calls, in this process: a new one imports for three seconds."""
-    (script,) = entry_points(group="console_scripts", name=command)
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
-        patch.setattr(sys, "argv", [command, *options, "--help"])
-        with pytest.raises(SystemExit) as ended:
-            script.load()()
-    return Ended(ended.value.code, said.getvalue())
+def helps() -> dict[tuple[str, ...], tuple[int, str]]:
+    """What Flower's scripts end with and say, with ``--help`` last: all in one process, which imports once."""
+    commands = {(*service.command,) for service in SERVICES}
+    asked = sorted({*commands, *((command[0],) for command in commands), *WRONG})
+    variables = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _ASK],
+        input=json.dumps(asked),
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told = json.loads(done.stdout)
+    return {command: (status, said) for command, (status, said) in zip(asked, told, strict=True)}
 
 
 def test_every_file_is_looked_at() -> None:
@@ -69,18 +88,17 @@ def test_every_file_is_looked_at() -> None:
 
 @pytest.mark.parametrize("service", ALL)
 def test_flower_accepts_the_command(service: Service) -> None:
-    command, *options = service.command
-    known = set(re.findall(r"--[a-z][a-z-]+", help_of(command).said))
-    assert len(known) > 5
-    assert service.flags <= known
-    done = help_of(command, *options)  # it ends at a value that is not allowed, else at --help
-    assert done.status == 0, done.said
+    _, known = helps()[service.command[0],]
+    flags = set(re.findall(r"--[a-z][a-z-]+", known))
+    assert len(flags) > 5
+    assert service.flags <= flags
+    status, said = helps()[(*service.command,)]  # it ends at a value that is not allowed, else at --help
+    assert status == 0, said
 
 
 def test_a_flag_or_value_that_flower_does_not_accept_would_be_found() -> None:
-    assert help_of("flower-superlink", "--fleet-api-type=grpc-bidi").status == 2
-    assert help_of("flower-supernode", "--port=123456").status == 2
-    assert "--fleet-api-adress" not in help_of("flower-superlink").said
+    assert [helps()[command][0] for command in WRONG] == [2, 2]
+    assert "--fleet-api-adress" not in helps()["flower-superlink",][1]
 
 
 @pytest.mark.parametrize("service", ALL)

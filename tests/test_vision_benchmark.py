@@ -81,6 +81,7 @@ def test_a_small_sweep_and_its_section(tmp_path: Path, capsys: pytest.CaptureFix
         (method, rounds, 10 // rounds) for rounds in (1, 2, 10) for method in ("fedavg", "fedavgm")
     ]
     assert len({row["local_steps"] for row in rows}) == 1, "as many in all"
+    assert [row["local_epochs"] for row in rows if row["paper"]] == [5, 5], "the paper has no others"
     runs = results.load(tmp_path)
     blocks = results.make_blocks(runs)
     assert blocks["vision"] == "", "a sweep's cases have no tables of their own"
