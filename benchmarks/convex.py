@@ -20,7 +20,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from fedpm_flwr.training import loader
 
 from .arguments import make_parser
 from .on_ray import run_on_ray
+from .panels import Line, Panel, plot_panels
 from .runs import Rounds, run_all
 from .table import Row, publish, rounded
 
@@ -63,6 +64,8 @@ _FOOT = (
     "rounds, last: the last round's; order: of convergence, 1 linear, 2 quadratic"
 )
 _FIRST_ORDER = ("fedavg",)
+_SHOWN = (1e-16, 1e3)
+"""Distances in the picture: what diverges leaves it."""
 _LEAST, _LARGEST = 1e-13, 0.5
 """Distances that the order of convergence is read from."""
 
@@ -70,7 +73,7 @@ _LEAST, _LARGEST = 1e-13, 0.5
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parse(arguments)
     rows: list[Row] = []
-    curves: dict[str, dict[str, list[float]]] = {}
+    panels: list[Panel] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in given.datasets:
             base = replace(
@@ -84,14 +87,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             done = run_on_ray(configs, CLIENTS[name]) if on_ray else run_all(configs, CLIENTS[name], given.jobs)
             complete = [config for config in configs if config.output in done]
             rows += [row(name, config, done[config.output]) for config in complete]
-            curves[name] = {
-                f"{config.algorithm} K={config.local_steps}": [one["distance"] for one in done[config.output]]
+            lines = {
+                f"{config.algorithm} K={config.local_steps}": Line(
+                    list(range(given.rounds + 1)), [one["distance"] for one in done[config.output]]
+                )
                 for config in complete
             }
+            title = f"{name}, {CLIENTS[name]} clients"
+            panels.append(Panel(title=title, x="round", y="distance to the optimum", decades=_SHOWN, lines=lines))
     if given.plot:
-        plot(curves, given.plot)
+        plot_panels(panels, given.plot)
     asked = {key: getattr(given, key) for key in ("rounds", "participation", "backend", "seed")}
-    publish("convex", rows, given.output, _FOOT, **asked, distances=curves)
+    publish("convex", rows, given.output, _FOOT, **asked, curves=panels)
     return 0 if len(rows) == len(given.datasets) * len(given.methods) else 1
 
 
@@ -212,30 +219,6 @@ def order(errors: Sequence[float]) -> float | None:
     pairs = [(a, b) for a, b in itertools.pairwise(errors) if a < _LARGEST and b > _LEAST]
     ratios = [math.log(b) / math.log(a) for a, b in pairs]
     return rounded(statistics.median(ratios)) if ratios else None
-
-
-def plot(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """‖θ − θ*‖ against rounds, a panel a data set."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.5 * len(curves), 4.2), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(curves), sharey=True))
-    styles = {"1": "-", "3": "--", "5": ":"}
-    colours = {
-        name: f"C{i}" for i, name in enumerate(dict.fromkeys(k.split(" ")[0] for c in curves.values() for k in c))
-    }
-    for axes, (name, lines) in zip(panels, curves.items(), strict=True):
-        for label, errors in lines.items():
-            method, steps = label.split(" K=")
-            axes.semilogy(errors, styles.get(steps, "-."), color=colours[method], marker=".", label=label)
-        axes.set(title=f"{name}, {CLIENTS[name]} clients", xlabel="round", ylim=(1e-16, 1e3))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("distance to the optimum")
-    lines_by_label = {line.get_label(): line for axes in panels for line in axes.get_lines()}
-    figure.legend(lines_by_label.values(), lines_by_label.keys(), loc="outside right upper")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from .panels import save
 from .runs import Run
 from .vision import method_of, seconds_key
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_MARK = "Source"
 _AXES = (
     ("round", "round"),
     ("uplink-bytes", "MB from clients"),
@@ -28,16 +24,6 @@ def mark_of(runs: Sequence[Run]) -> str:
     """A hash of what the runs were and gave."""
     told = sorted(json.dumps([dict(run.settings), run.nodes, run.rounds], sort_keys=True) for run in runs)
     return hashlib.sha256("\n".join(told).encode()).hexdigest()
-
-
-def read_mark(path: Path) -> str | None:
-    """Of the runs that a picture was drawn of; None: there is no such picture."""
-    from PIL import Image  # matplotlib needs it too
-
-    if not path.exists():
-        return None
-    with Image.open(path) as picture:
-        return picture.info.get(_MARK)
 
 
 def plot_curves(runs: Sequence[Run], path: Path) -> None:
@@ -67,7 +53,7 @@ def plot_curves(runs: Sequence[Run], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set(ylabel="test accuracy")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
-    _save(figure, path, runs)
+    save(figure, path, mark_of(runs))
 
 
 def _along(run: Run, key: str) -> list[float]:
@@ -98,9 +84,4 @@ def plot_sweep(
     axes.set(ylabel="test accuracy")
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path, runs)
-
-
-def _save(figure: "Figure", path: Path, runs: Sequence[Run]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80, metadata={_MARK: mark_of(runs)})
+    save(figure, path, mark_of(runs))

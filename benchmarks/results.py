@@ -4,7 +4,8 @@
 
 Between ``<!-- results: NAME -->`` and ``<!-- end -->`` a page holds what is made here; all else is written by
 hand. Of the runs in NAME.jsonl only those by the settings that are now in benchmarks/configs count, and in the
-ablation those by its base. NAME.json is what a benchmark has written by --output, and the block NAME its table.
+ablation those by its base. NAME.json is what a benchmark has written by --output, the block NAME its table, and
+NAME.png a picture of its curves, where it has some.
 --check changes nothing, and fails if the pages are not what these files give, or a picture was drawn of others.
 """
 
@@ -14,13 +15,16 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from fedpm_flwr.config import Config, ConfigError, Value
 from fedpm_flwr.report import PREFIX
 
 from . import ablation
 from .experiments import DATASETS, METHODS, RESULTS, tuned
-from .pictures import mark_of, plot_curves, plot_sweep, read_mark
+from .panels import Panel, mark_of_panels, plot_panels, read_mark
+from .pictures import mark_of, plot_curves, plot_sweep
 from .runs import Run, Store, data_of, settings_of
 from .sections import (
     LABELS,
@@ -40,6 +44,7 @@ from .vision import SWEEPS, Case, case_of, method_of
 ROOT = Path(__file__).parent.parent
 PAGES = ("docs/results.md", "README.md")
 IMAGES = Path("docs", "images")
+Documents = Mapping[str, Mapping[str, Any]]
 _BLOCK = re.compile(r"(<!-- results: (?P<name>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -53,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         runs, texts = load(RESULTS), [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
-        made, written = make_blocks(runs, load_ablation(RESULTS)), published_blocks(RESULTS)
+        documents = published_documents(RESULTS)
+        made, written = make_blocks(runs, load_ablation(RESULTS)), published_blocks(documents)
         check_places(made, written, texts)
     except ValueError as error:
         print(f"{PREFIX}{error}", file=sys.stderr)
@@ -61,11 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     blocks = made | written
     stale = [page for page in PAGES if not _renew(ROOT / page, blocks, write=not given.check)]
     if given.check:
-        stale += [str(IMAGES / name) for name in stale_pictures(runs, ROOT / IMAGES)]
+        stale += [str(IMAGES / name) for name in stale_pictures(runs, ROOT / IMAGES, documents)]
         for name in stale:
             print(f"{PREFIX}{name} is not what benchmarks/results gives; make results renews it", file=sys.stderr)
         return 1 if stale else 0
-    draw(runs, ROOT / IMAGES)
+    draw(runs, ROOT / IMAGES, documents)
     return 0
 
 
@@ -140,8 +146,8 @@ def sections_of(runs: Iterable[Run]) -> tuple[dict[Case, list[Run]], list[Sweep]
     return {case: own for case, own in cases.items() if not is_told(case, own)}, sweeps
 
 
-def draw(runs: Sequence[Run], folder: Path) -> None:
-    """A picture for each section."""
+def draw(runs: Sequence[Run], folder: Path, documents: Documents = MappingProxyType({})) -> None:
+    """A picture for each section, and for each benchmark's table that has curves."""
     cases, sweeps = sections_of(runs)
     for case, own in cases.items():
         plot_curves(own, folder / f"{name_of(case)}.png")
@@ -149,14 +155,21 @@ def draw(runs: Sequence[Run], folder: Path) -> None:
         ticks = [LABELS[sweep.kind](case) for case in sweep.cases]
         path = folder / f"{sweep_name(sweep)}.png"
         plot_sweep(accuracies_of(sweep, runs), ticks, path, runs_of(sweep, runs))
+    for name, panels in _curves(documents).items():
+        plot_panels(panels, folder / f"{name}.png")
 
 
-def stale_pictures(runs: Sequence[Run], folder: Path) -> list[str]:
-    """Those that are missing, or were drawn of other runs."""
+def _curves(documents: Documents) -> dict[str, list[Panel]]:
+    return {name: document["curves"] for name, document in documents.items() if document.get("curves")}
+
+
+def stale_pictures(runs: Sequence[Run], folder: Path, documents: Documents = MappingProxyType({})) -> list[str]:
+    """Those that are missing, or were drawn of other runs or curves."""
     cases, sweeps = sections_of(runs)
-    of = {name_of(case): own for case, own in cases.items()}
-    of |= {sweep_name(sweep): runs_of(sweep, runs) for sweep in sweeps}
-    return [f"{name}.png" for name, own in of.items() if read_mark(folder / f"{name}.png") != mark_of(own)]
+    of = {name_of(case): mark_of(own) for case, own in cases.items()}
+    of |= {sweep_name(sweep): mark_of(runs_of(sweep, runs)) for sweep in sweeps}
+    of |= {name: mark_of_panels(panels) for name, panels in _curves(documents).items()}
+    return [f"{name}.png" for name, mark in of.items() if read_mark(folder / f"{name}.png") != mark]
 
 
 def make_blocks(runs: Sequence[Run], of_ablation: Sequence[Run] = ()) -> dict[str, str]:
@@ -170,19 +183,25 @@ def make_blocks(runs: Sequence[Run], of_ablation: Sequence[Run] = ()) -> dict[st
     }
 
 
-def published_blocks(folder: Path) -> dict[str, str]:
-    """The text of each block that is one benchmark's table, by its file's name.
+def published_documents(folder: Path) -> Documents:
+    """What benchmarks have written there by --output, by its file's name.
 
     Raises:
         ValueError: naming a file that no benchmark has written.
     """
-    blocks = {}
+    documents = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            blocks[path.stem] = published(json.loads(path.read_text(encoding="utf-8")))
+            documents[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+            published(documents[path.stem], path.stem)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a benchmark's table: {type(error).__name__}: {error}") from error
-    return blocks
+    return documents
+
+
+def published_blocks(documents: Documents) -> dict[str, str]:
+    """The text of each block that is one benchmark's table, by its file's name."""
+    return {name: published(document, f"images/{name}.png") for name, document in documents.items()}
 
 
 def check_places(made: Mapping[str, str], written: Mapping[str, str], texts: Iterable[str]) -> None:

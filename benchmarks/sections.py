@@ -217,11 +217,12 @@ def _origin(benchmark: str, provenances: Sequence[Mapping[str, Any]], before: st
     ) + "\n".join(commands)
 
 
-def published(document: Mapping[str, Any]) -> str:
-    """What a benchmark has written by --output: its table, its foot, where they are from."""
+def published(document: Mapping[str, Any], picture: str) -> str:
+    """What a benchmark has written by --output: its table, its foot, its picture, where they are from."""
     parts = [
         format_table([_with_deviations(row) for row in document["rows"]]),
         document["foot"],
+        f"![{document['benchmark']}]({picture})" if document.get("curves") else "",
         _origin(document["benchmark"], [document["provenance"]]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

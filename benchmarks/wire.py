@@ -35,6 +35,7 @@ from fedpm_flwr.tasks import build_model
 from fedpm_flwr.wire import decode, encode
 
 from .arguments import make_parser
+from .panels import Line, Panel, plot_panels
 from .runs import Rounds, run_all
 from .table import Row, publish, rounded
 
@@ -65,9 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trained(label, found, complete.get(FULL) if label in complete else None, ratios.get(label), given.seeds)
         for label, found in runs.items()
     ]
+    panels = [panel(complete)]
     if given.plot:
-        plot(complete, given.plot)
-    publish("wire", rows, given.output, seeds=given.seeds, rounds=given.rounds, clip=given.clip)
+        plot_panels(panels, given.plot)
+    asked = {key: getattr(given, key) for key in ("seeds", "rounds", "clip")}
+    publish("wire", rows, given.output, **asked, curves=panels)
     return 0 if len(complete) == len(plans) else 1
 
 
@@ -197,20 +200,14 @@ def trained(
     }
 
 
-def plot(runs: Mapping[str, Sequence[Rounds]], path: Path) -> None:
+def panel(runs: Mapping[str, Sequence[Rounds]]) -> Panel:
     """Mean test accuracy against the bytes sent until then, a line a row."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    lines = {}
     for label, found in runs.items():
         accuracies = [statistics.fmean(run[i]["test-accuracy"] for run in found) for i in range(len(found[0]))]
-        axes.plot(_megabytes(found[0])[1:], accuracies[1:], marker=".", label=label)
-    axes.set(xlabel="MB from clients to server", ylabel="test accuracy, mean over seeds")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+        lines[label] = Line(_megabytes(found[0])[1:], accuracies[1:])
+    y = "test accuracy, mean over seeds"
+    return Panel(title="", x="MB from clients to server", y=y, decades=None, lines=lines)
 
 
 def _megabytes(run: Rounds) -> list[float]:

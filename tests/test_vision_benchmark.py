@@ -1,6 +1,7 @@
 """The benchmarks of the paper's table, in their smallest versions, end to end."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 
 from benchmarks import ablation, results, tune, vision
 from benchmarks.experiments import ALGORITHMS, CONFIGS, METHODS, PAPER, RESULTS, Version, tuned
+from benchmarks.panels import Line, Panel
 from benchmarks.runs import Run, Store, settings_of, trial_accuracy
 from benchmarks.table import publish
 from benchmarks.vision import VERSIONS, Case, cases_of, pick_version
@@ -362,8 +364,11 @@ def test_what_a_benchmark_has_written_is_a_block(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("sys.argv", ["x.py", "--threads", "2"])
     several, one = {"seconds_mean": 0.51236, "seconds_std": 0.0123}, {"seconds_mean": 0.4, "seconds_std": None}
     publish("server", [{"method": "fedpm", **several}, {"method": "fedavg", **one}], tmp_path / "a.json", "foot")
-    publish("wire", [{"method": "fedavg", **one}], tmp_path / "b.json")
-    blocks = results.published_blocks(tmp_path)
+    lines = {"fedpm K=1": Line([0, 1], [1.0, math.inf]), "fedpm K=3": Line([0, 1], [1.0, 0.1])}
+    panel = Panel(title="a9a", x="round", y="distance", decades=(1e-3, 10), lines=lines)
+    publish("wire", [{"method": "fedavg", **one}], tmp_path / "b.json", curves=[panel])
+    documents = results.published_documents(tmp_path)
+    blocks = results.published_blocks(documents)
     assert blocks.keys() == {"a", "b"}
     table, foot, origin, command = blocks["a"].split("\n\n")
     assert [line.split() for line in table.splitlines()[2:]] == [
@@ -374,10 +379,17 @@ def test_what_a_benchmark_has_written_is_a_block(tmp_path: Path, monkeypatch: py
     assert f"torch {torch.__version__}, Flower {flwr.__version__}" in origin
     assert command == "    python -m benchmarks.server --threads 2\n"
     assert "foot" not in blocks["b"]
+    assert blocks["b"].split("\n\n")[1] == "![wire](images/b.png)"
+    assert results.stale_pictures([], tmp_path, documents) == ["b.png"]
+    results.draw([], tmp_path, documents)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["b.png"]
+    assert results.stale_pictures([], tmp_path, documents) == []
+    publish("wire", [{"method": "fedavg", **one}], tmp_path / "b.json", curves=[{**panel, "title": "w8a"}])
+    assert results.stale_pictures([], tmp_path, results.published_documents(tmp_path)) == ["b.png"]
 
     (tmp_path / "c.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match=r"c\.json: not a benchmark's table: KeyError"):
-        results.published_blocks(tmp_path)
+        results.published_documents(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -398,7 +410,7 @@ def test_a_block_has_a_name_and_a_place(names: set[str], place: str, message: st
 def test_the_pages_are_what_the_runs_give() -> None:
     assert results.main(["--check"]) == 0
     page = (results.ROOT / "docs" / "results.md").read_text()
-    for name, block in results.published_blocks(RESULTS).items():
+    for name, block in results.published_blocks(results.published_documents(RESULTS)).items():
         assert f"<!-- results: {name} -->\n{block}<!-- end -->" in page
     blocks = results.make_blocks(results.load(RESULTS), results.load_ablation(RESULTS))
     for page, name in (("docs/results.md", "vision"), ("README.md", "headline")):
