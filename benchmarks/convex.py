@@ -87,18 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             done = run_on_ray(configs, CLIENTS[name]) if on_ray else run_all(configs, CLIENTS[name], given.jobs)
             complete = [config for config in configs if config.output in done]
             rows += [row(name, config, done[config.output]) for config in complete]
-            lines = {
-                f"{config.algorithm} K={config.local_steps}": Line(
-                    list(range(given.rounds + 1)), [one["distance"] for one in done[config.output]]
-                )
-                for config in complete
-            }
+            lines = {}
+            for config in complete:
+                own = done[config.output]
+                line = Line([int(one["round"]) for one in own], [one["distance"] for one in own])
+                lines[f"{config.algorithm} K={config.local_steps}"] = line
             title = f"{name}, {CLIENTS[name]} clients"
             panels.append(Panel(title=title, x="round", y="distance to the optimum", decades=_SHOWN, lines=lines))
-    if given.plot:
-        plot_panels(panels, given.plot)
     asked = {key: getattr(given, key) for key in ("rounds", "participation", "backend", "seed")}
     publish("convex", rows, given.output, _FOOT, **asked, curves=panels)
+    if given.plot:
+        plot_panels(panels, given.plot)
     return 0 if len(rows) == len(given.datasets) * len(given.methods) else 1
 
 

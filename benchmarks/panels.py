@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from .table import to_json
 
@@ -17,14 +17,14 @@ _STYLES = ("-", "--", ":", "-.")
 
 
 class Line(NamedTuple):
-    """As a pair of lists in JSON; None where there is no finite number."""
+    """As a pair of lists in JSON, with None where a number is not finite."""
 
     x: Sequence[float | None]
     y: Sequence[float | None]
 
 
 class Panel(TypedDict):
-    """Lines by label: those whose labels begin with the same word have one colour, and a style each."""
+    """Lines by label, as ``fedpm K=3``: the first word has a colour, the rest a style, in all panels alike."""
 
     title: str
     x: str
@@ -34,21 +34,39 @@ class Panel(TypedDict):
     lines: Mapping[str, Line]
 
 
+def read_panels(curves: Any) -> list[Panel]:
+    """What ``curves`` is in a benchmark's JSON.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is something else.
+    """
+    panels = []
+    for told in curves:
+        lines = {label: Line(*line) for label, line in told["lines"].items()}
+        for label, (x, y) in lines.items():
+            if len(x) != len(y):
+                raise ValueError(f"{label}: {len(x)} values of x, and {len(y)} of y")
+        keys = {key: told[key] for key in ("title", "x", "y", "decades")}
+        panels.append(Panel(**keys, lines=lines))  # type: ignore[typeddict-item]
+    return panels
+
+
 def plot_panels(panels: Sequence[Panel], path: Path) -> None:
     """Side by side, with one legend."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.5 + 5.5 * len(panels), 4.3), layout="constrained")
-    words = dict.fromkeys(label.split()[0] for panel in panels for label in panel["lines"])
-    colours = {word: f"C{number}" for number, word in enumerate(words)}
+    labels = [label.partition(" ") for panel in panels for label in panel["lines"]]
+    colours = {word: f"C{number}" for number, word in enumerate(dict.fromkeys(word for word, _, _ in labels))}
+    styles = dict(zip(dict.fromkeys(rest for _, _, rest in labels), cycle(_STYLES), strict=False))
     handles = {}
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        styles = {word: cycle(_STYLES) for word in words}
         for label, (x, y) in panel["lines"].items():
-            word = label.split()[0]
+            word, _, rest = label.partition(" ")
             values = [[math.nan if one is None else one for one in column] for column in (x, y)]
-            line = {"color": colours[word], "linestyle": next(styles[word]), "marker": "."}
+            line = {"color": colours[word], "linestyle": styles[rest], "marker": "."}
             (handles[label],) = axes.plot(*values, label=label, **line)
+            axes.xaxis.get_major_locator().set_params(integer=all(isinstance(one, int) for one in x))
         axes.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
         if panel["decades"]:
             axes.set(yscale="log", ylim=panel["decades"])
@@ -63,7 +81,7 @@ def mark_of_panels(panels: Sequence[Panel]) -> str:
 
 
 def save(figure: "Figure", path: Path, mark: str) -> None:
-    """As a PNG that tells in its file what it was drawn of."""
+    """As its name says, PNG or SVG; it tells in its file what it was drawn of."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80, metadata={_MARK: mark})
 

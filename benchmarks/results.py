@@ -23,7 +23,7 @@ from fedpm_flwr.report import PREFIX
 
 from . import ablation
 from .experiments import DATASETS, METHODS, RESULTS, tuned
-from .panels import Panel, mark_of_panels, plot_panels, read_mark
+from .panels import Panel, mark_of_panels, plot_panels, read_mark, read_panels
 from .pictures import mark_of, plot_curves, plot_sweep
 from .runs import Run, Store, data_of, settings_of
 from .sections import (
@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         documents = published_documents(RESULTS)
         made, written = make_blocks(runs, load_ablation(RESULTS)), published_blocks(documents)
         check_places(made, written, texts)
+        check_pictures(runs, documents)
     except ValueError as error:
         print(f"{PREFIX}{error}", file=sys.stderr)
         return 2
@@ -160,7 +161,9 @@ def draw(runs: Sequence[Run], folder: Path, documents: Documents = MappingProxyT
 
 
 def _curves(documents: Documents) -> dict[str, list[Panel]]:
-    return {name: document["curves"] for name, document in documents.items() if document.get("curves")}
+    return {
+        name: read_panels(document["curves"]) for name, document in documents.items() if document.get("curves")
+    }
 
 
 def stale_pictures(runs: Sequence[Run], folder: Path, documents: Documents = MappingProxyType({})) -> list[str]:
@@ -170,6 +173,18 @@ def stale_pictures(runs: Sequence[Run], folder: Path, documents: Documents = Map
     of |= {sweep_name(sweep): mark_of(runs_of(sweep, runs)) for sweep in sweeps}
     of |= {name: mark_of_panels(panels) for name, panels in _curves(documents).items()}
     return [f"{name}.png" for name, mark in of.items() if read_mark(folder / f"{name}.png") != mark]
+
+
+def check_pictures(runs: Sequence[Run], documents: Documents) -> None:
+    """No benchmark's picture takes the place of another.
+
+    Raises:
+        ValueError: which does.
+    """
+    cases, sweeps = sections_of(runs)
+    of_runs = {*map(name_of, cases), *map(sweep_name, sweeps)}
+    for name in sorted(of_runs & _curves(documents).keys()):
+        raise ValueError(f"{name}.json: the picture {name}.png is made of runs; call the file otherwise")
 
 
 def make_blocks(runs: Sequence[Run], of_ablation: Sequence[Run] = ()) -> dict[str, str]:
@@ -193,7 +208,8 @@ def published_documents(folder: Path) -> Documents:
     for path in sorted(folder.glob("*.json")):
         try:
             documents[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-            published(documents[path.stem], path.stem)
+            published(documents[path.stem], "")
+            read_panels(documents[path.stem].get("curves", ()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a benchmark's table: {type(error).__name__}: {error}") from error
     return documents

@@ -67,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for label, found in runs.items()
     ]
     panels = [panel(complete)]
-    if given.plot:
-        plot_panels(panels, given.plot)
     asked = {key: getattr(given, key) for key in ("seeds", "rounds", "clip")}
     publish("wire", rows, given.output, **asked, curves=panels)
+    if given.plot:
+        plot_panels(panels, given.plot)
     return 0 if len(complete) == len(plans) else 1
 
 

@@ -14,9 +14,10 @@ import flwr
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks import ablation, results, tune, vision
+from benchmarks import ablation, panels, results, tune, vision
 from benchmarks.experiments import ALGORITHMS, CONFIGS, METHODS, PAPER, RESULTS, Version, tuned
 from benchmarks.panels import Line, Panel
 from benchmarks.runs import Run, Store, settings_of, trial_accuracy
@@ -346,6 +347,9 @@ def test_pages_are_made_from_runs(tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
     assert f"(images/{picture.name})" in text
     assert results.stale_pictures(runs, tmp_path) == []
+    results.check_pictures(runs, {picture.stem: {}, "other": {"curves": [PANEL]}})
+    with pytest.raises(ValueError, match=f"{picture.stem}.json: the picture {picture.stem}.png is made of runs"):
+        results.check_pictures(runs, {picture.stem: {"curves": [PANEL]}})
     other = replace(runs[0], rounds=[*runs[0].rounds[:-1], {**runs[0].rounds[-1], "test-accuracy": 0.401}])
     assert results.stale_pictures([other, *runs[1:]], tmp_path) == [picture.name]
 
@@ -360,14 +364,34 @@ def test_only_runs_by_the_settings_that_count_now_are_shown(tmp_path: Path) -> N
     assert [one.rounds[-1]["test-accuracy"] for one in results.load(tmp_path)] == [0.3]
 
 
+PANEL = Panel(
+    title="a9a",
+    x="round",
+    y="distance",
+    decades=(1e-3, 10),
+    lines={"fedpm K=1": Line([0, 1], [1.0, math.inf]), "fedpm K=3": Line([0, 1], [1.0, 0.1])},
+)
+
+
+def test_a_label_looks_alike_in_all_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Figure] = []
+    monkeypatch.setattr(panels, "save", lambda figure, path, mark: seen.append(figure))
+    only: Panel = {**PANEL, "title": "w8a", "lines": {"fedpm K=3": PANEL["lines"]["fedpm K=3"]}}
+    panels.plot_panels([PANEL, only], tmp_path / "x.png")
+    first, second = seen[0].axes
+    assert [line.get_linestyle() for line in first.get_lines()] == ["-", "--"]
+    assert [line.get_linestyle() for line in second.get_lines()] == ["--"]
+    assert (first.get_yscale(), second.get_title(), second.get_ylim()) == ("log", "w8a", (1e-3, 10))
+    assert [text.get_text() for text in seen[0].legends[0].get_texts()] == ["fedpm K=1", "fedpm K=3"]
+
+
 def test_what_a_benchmark_has_written_is_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["x.py", "--threads", "2"])
     several, one = {"seconds_mean": 0.51236, "seconds_std": 0.0123}, {"seconds_mean": 0.4, "seconds_std": None}
     publish("server", [{"method": "fedpm", **several}, {"method": "fedavg", **one}], tmp_path / "a.json", "foot")
-    lines = {"fedpm K=1": Line([0, 1], [1.0, math.inf]), "fedpm K=3": Line([0, 1], [1.0, 0.1])}
-    panel = Panel(title="a9a", x="round", y="distance", decades=(1e-3, 10), lines=lines)
-    publish("wire", [{"method": "fedavg", **one}], tmp_path / "b.json", curves=[panel])
+    publish("wire", [{"method": "fedavg", **one}], tmp_path / "b.json", curves=[PANEL])
     documents = results.published_documents(tmp_path)
+    assert documents["b"]["curves"][0]["lines"]["fedpm K=1"] == [[0, 1], [1.0, None]]
     blocks = results.published_blocks(documents)
     assert blocks.keys() == {"a", "b"}
     table, foot, origin, command = blocks["a"].split("\n\n")
@@ -384,8 +408,14 @@ def test_what_a_benchmark_has_written_is_a_block(tmp_path: Path, monkeypatch: py
     results.draw([], tmp_path, documents)
     assert [path.name for path in tmp_path.glob("*.png")] == ["b.png"]
     assert results.stale_pictures([], tmp_path, documents) == []
-    publish("wire", [{"method": "fedavg", **one}], tmp_path / "b.json", curves=[{**panel, "title": "w8a"}])
+    publish("wire", [{"method": "fedavg", **one}], tmp_path / "b.json", curves=[PANEL, {**PANEL, "title": "w8a"}])
     assert results.stale_pictures([], tmp_path, results.published_documents(tmp_path)) == ["b.png"]
+
+    uneven = {**PANEL, "lines": {"fedpm": ([0, 1], [1.0])}}
+    publish("wire", [{"method": "fedavg", **one}], tmp_path / "b.json", curves=[uneven])
+    with pytest.raises(ValueError, match=r"b\.json: .* fedpm: 2 values of x, and 1 of y"):
+        results.published_documents(tmp_path)
+    (tmp_path / "b.json").unlink()
 
     (tmp_path / "c.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match=r"c\.json: not a benchmark's table: KeyError"):

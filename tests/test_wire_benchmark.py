@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import wire
-from benchmarks.panels import read_mark
+from benchmarks.panels import mark_of_panels, read_mark
+from benchmarks.table import rounded
 
 
 def rows_of(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
@@ -37,14 +38,22 @@ def test_a_table_of_real_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     data, picture = tmp_path / "cifar10.npz", tmp_path / "wire.png"
     np.savez(data, x_train=images, y_train=labels, x_test=images[:20], y_test=labels[:20])
     given = ["--data", str(data), "--codecs", "auto", "--seeds", "2", "--rounds", "1", "--plot", str(picture)]
-    assert wire.main(given) == 0
+    assert wire.main([*given, "--output", str(tmp_path / "wire.json")]) == 0
     full, auto, averaged, first_order = rows_of(capsys)
     assert (full["codec"], auto["codec"], averaged["method"]) == ("triangle-float32", "auto", "localnewton")
     assert first_order["method"] == "fedavg"
     assert full["minus_full"] == 0.0
     assert full["uplink_mb"] > 2 * auto["uplink_mb"] > 2 * averaged["uplink_mb"]
     assert auto["uplink_mb"] < 1.06 * averaged["uplink_mb"]
-    assert read_mark(picture), "it tells what it was drawn of"
+    curves = json.loads((tmp_path / "wire.json").read_text())["curves"]
+    assert read_mark(picture) == mark_of_panels(curves), "what is drawn is what is kept"
+    lasts = {label: rounded(accuracies[-1]) for label, (_, accuracies) in curves[0]["lines"].items()}
+    assert lasts == {
+        "triangle-float32": full["accuracy"],
+        "auto": auto["accuracy"],
+        "localnewton": averaged["accuracy"],
+        "fedavg": first_order["accuracy"],
+    }
 
 
 def test_seeds_that_failed_are_told() -> None:
