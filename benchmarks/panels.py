@@ -46,8 +46,7 @@ def read_panels(curves: Any) -> list[Panel]:
         for label, (x, y) in lines.items():
             if len(x) != len(y):
                 raise ValueError(f"{label}: {len(x)} values of x, and {len(y)} of y")
-        keys = {key: told[key] for key in ("title", "x", "y", "decades")}
-        panels.append(Panel(**keys, lines=lines))  # type: ignore[typeddict-item]
+        panels.append(Panel(title=told["title"], x=told["x"], y=told["y"], decades=told["decades"], lines=lines))
     return panels
 
 

@@ -34,17 +34,15 @@ SETS = (
     ("compose.client.yaml",),
     ("compose.client.yaml", "compose.gpu.yaml"),
 )
-ALL = [
-    pytest.param(service, id="+".join([*files, service.name]))
-    for files in SETS
-    for service in services(files, VARIABLES).values()
-]
+SERVICES = {
+    "+".join([*files, service.name]): service for files in SETS for service in services(files, VARIABLES).values()
+}
+ALL = [pytest.param(service, id=name) for name, service in SERVICES.items()]
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 INSTRUCTIONS = re.sub(r"^\s*#.*\n", "", DOCKERFILE, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
 INSTRUCTIONS = [line for line in INSTRUCTIONS if line.strip()]
 
 
-SERVICES: list[Service] = [parameter.values[0] for parameter in ALL]  # type: ignore[misc]
 WRONG = [("flower-superlink", "--fleet-api-type=grpc-bidi"), ("flower-supernode", "--port=123456")]
 _ASK = """
 import io, json, sys
@@ -67,7 +65,7 @@ json.dump(told, sys.stdout)
 @cache
 def helps() -> dict[tuple[str, ...], tuple[int, str]]:
     """What Flower's scripts end with and say, with ``--help`` last: all in one process, which imports once."""
-    commands = {(*service.command,) for service in SERVICES}
+    commands = {(*service.command,) for service in SERVICES.values()}
     asked = sorted({*commands, *((command[0],) for command in commands), *WRONG})
     variables = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     done = subprocess.run(
