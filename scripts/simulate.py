@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
@@ -32,7 +32,7 @@ from .processes import CHECKOUT, environment, exit_on_signals, free_ports, is_he
 _TAIL_LINES = 40
 
 
-def main() -> int:
+def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         epilog="settings:\n" + describe(),
@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--cpus", type=int, default=1, help="CPU cores for each client (default: 1)")
     parser.add_argument("--gpus", type=float, help="share of a GPU for each client (default: an equal one)")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     try:
         _check(arguments)
         config = _config(arguments.settings, arguments.nodes)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import client_app
 import server_app
-from fedpm_flwr import checkpoint, messages
+from fedpm_flwr import checkpoint, messages, report
 from fedpm_flwr.checkpoint import Checkpoint, Checkpoints
 from fedpm_flwr.checkpointed import Checkpointed
 from fedpm_flwr.config import ALGORITHMS, UPDATES, Config
@@ -35,6 +35,12 @@ Settings = Mapping[str, object]
 
 class PowerCutError(Exception):
     """Nobody catches it."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture takes as long as such a run, and nobody looks at these."""
+    monkeypatch.setattr(report, "plot_curves", lambda *_: None)
 
 
 def run(folder: Path, settings: Settings, client: Client = client_app.app, **more: object) -> None:
@@ -79,7 +85,6 @@ def break_off(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunReport, "add_round", dying)
-        patch.setattr(RunReport, "close", lambda _: None)  # who has died draws nothing
         with pytest.raises(PowerCutError):
             run(folder, settings, client, **{"checkpoint-every": every})
 

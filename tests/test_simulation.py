@@ -21,6 +21,7 @@ import client_app
 import server_app
 from fedpm_flwr.config import Config
 from fedpm_flwr.inline import run_inline
+from scripts.simulate import main as simulate_main
 
 ROOT = Path(__file__).resolve().parent.parent
 _MARK = "FEDPM_TEST_MARK"
@@ -82,13 +83,14 @@ def text(folder: Path) -> str:
 FEW = {"max-train-examples": 64, "batch-size": 8, "local-steps": 2}
 
 
+@pytest.mark.faults
 @pytest.mark.filterwarnings("ignore:no curvature for")  # of norms, and of layers wider than the limit
 @pytest.mark.parametrize(
     ("model", "changes"),
     [
         # Layers of more than 600 inputs without curvature: the 4,608 of the last ones take minutes on two cores.
         ("resnet18-gn", {"max-factor-side": 600, "damping": 1.0, "learning-rate": 0.003}),
-        pytest.param("vit", {"optimizer": "kfac", "clip": 1.0}, marks=pytest.mark.faults),
+        ("vit", {"optimizer": "kfac", "clip": 1.0}),
     ],
 )
 def test_a_round_of_a_model_for_images_on_ray_and_inline(model: str, changes: Settings, tmp_path: Path) -> None:
@@ -245,14 +247,23 @@ def test_what_was_started_is_ended_though_nobody_reads_that_any_more(tmp_path: P
         ("resume=/nowhere", "resume='/nowhere': there is no /nowhere on this machine"),
         ("alpha=0", "alpha=0.0 is not allowed; allowed: number > 0"),
         ("alpha", "'alpha' is not of the form KEY=VALUE"),
-        ("--nodes=0", "--nodes=0 is not allowed"),
         ("--cpus=999", "--cpus=999 is not allowed"),
         ("min-available-nodes=11", "min-available-nodes=11, but there are 10 --nodes"),
     ],
 )
-def test_a_wrong_setting_is_refused_before_anything_starts(argument: str, message: str) -> None:
-    process, _ = start(argument)
+def test_a_wrong_setting_is_refused_before_anything_starts(
+    argument: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scripts.simulate._simulate", pytest.fail)
+    assert simulate_main([argument]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert out == ""
+
+
+def test_a_process_with_a_wrong_setting_exits_2() -> None:
+    process, _ = start("--nodes=0")
     out, err = process.communicate(timeout=_LIMIT_S)
     assert process.returncode == 2
-    assert message in err
+    assert "--nodes=0 is not allowed" in err
     assert out == ""
