@@ -27,7 +27,6 @@ from .apps import federate, ordered
 from .jobs import Examples, Spoil, app_of, untouched
 from .logistic import BASE, SIZES, client_data, make_model, minimiser
 
-
 ENOUGH = 10
 """Rounds: after eight nothing is nearer to the optimum than float64 tells."""
 
