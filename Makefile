@@ -19,7 +19,7 @@ help:
 	@echo "make results  tables and pictures of docs/results.md and README.md, from benchmarks/results"
 	@echo "make test     the test suite"
 	@echo "make test-examples  the apps in examples/, with Lightning, transformers and PEFT"
-	@echo "make test-faults  processes killed, stalled and brought back, disks full: a quarter of an hour"
+	@echo "make test-faults  processes killed, stalled and brought back, disks full, large models on Ray: a quarter of an hour"
 	@echo "make test-newest-flwr  the test suite on the newest Flower"
 	@echo "make check    format, lint, types, then the test suite"
 	@echo "make docs     the documentation as a site, in site/"

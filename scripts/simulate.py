@@ -32,7 +32,7 @@ from .processes import CHECKOUT, environment, exit_on_signals, free_ports, is_he
 _TAIL_LINES = 40
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         epilog="settings:\n" + describe(),
@@ -42,16 +42,16 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpus", type=int, default=1, help="CPU cores for each client (default: 1)")
     parser.add_argument("--gpus", type=float, help="share of a GPU for each client (default: an equal one)")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
-    arguments = parser.parse_args(given)
+    given = parser.parse_args(arguments)
     try:
-        _check(arguments)
-        config = _config(arguments.settings, arguments.nodes)
+        _check(given)
+        config = _config(given.settings, given.nodes)
     except ConfigError as error:
         print(f"{PREFIX}{error}", file=sys.stderr)
         return 2
     exit_on_signals()
     try:
-        return _simulate(config, arguments)
+        return _simulate(config, given)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (OSError, ValueError) as error:
@@ -59,13 +59,13 @@ def main(given: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check(given: argparse.Namespace) -> None:
     for name, least in (("nodes", 1), ("cpus", 1), ("gpus", 0)):
-        value = getattr(arguments, name)
+        value = getattr(given, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name}={value} is not allowed; allowed: >= {least}")
-    if arguments.cpus > (os.cpu_count() or 1):
-        raise ConfigError(f"--cpus={arguments.cpus} is not allowed; this machine has {os.cpu_count()}")
+    if given.cpus > (os.cpu_count() or 1):
+        raise ConfigError(f"--cpus={given.cpus} is not allowed; this machine has {os.cpu_count()}")
 
 
 def _config(settings: list[str], nodes: int) -> Config:
@@ -84,19 +84,18 @@ def _config(settings: list[str], nodes: int) -> Config:
     return config
 
 
-def _simulate(config: Config, arguments: argparse.Namespace) -> int:
+def _simulate(config: Config, given: argparse.Namespace) -> int:
     output = Path(config.output or config.resume)
     output.mkdir(parents=True, exist_ok=True)
     wait = "the first round takes longest, up to a minute"
-    print(f"{PREFIX}starting Flower's simulation with {arguments.nodes} clients; {wait}", flush=True)
+    print(f"{PREFIX}starting Flower's simulation with {given.nodes} clients; {wait}", flush=True)
     with tempfile.TemporaryDirectory(prefix="fedpm-flwr-") as home:
         application = copy_application(Path(home) / "fedpm-flwr")
         settings = Path(home) / "run-config.toml"
         settings.write_text(config.to_toml())
-        gpus = _gpu_share(config.device, arguments.cpus) if arguments.gpus is None else arguments.gpus
+        gpus = _gpu_share(config.device, given.cpus) if given.gpus is None else given.gpus
         federation = (
-            f"num-supernodes={arguments.nodes} client-resources-num-cpus={arguments.cpus} "
-            f"client-resources-num-gpus={gpus}"
+            f"num-supernodes={given.nodes} client-resources-num-cpus={given.cpus} client-resources-num-gpus={gpus}"
         )
         command = ["flwr", "run", str(application), "--stream", "--run-config", str(settings)]
         with _superlink(Path(home)) as variables:

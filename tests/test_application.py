@@ -32,6 +32,7 @@ Settings = Mapping[str, object]
 
 
 def run(folder: Path, changes: Settings, nodes: int = 3) -> list[dict[str, float]]:
+    """The rows of a short run, on few examples: most tests ask what is wired, not how well it learns."""
     settings = {"num-server-rounds": 2, "max-train-examples": 400, "output": str(folder), **changes}
     run_inline(server_app.app, client_app.app, nodes, Config.from_run_config(settings).to_run_config())
     rows: list[dict[str, float]] = json.loads((folder / "metrics.json").read_text())
@@ -126,15 +127,17 @@ def test_a_run_in_which_nobody_trains_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_settings_reach_the_server_and_the_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Config(server_learning_rate=0.7, weighting="uniform", codec="triangle-float64", fraction_train=0.4)
+    config = Config(
+        server_learning_rate=0.7,
+        weighting="uniform",
+        codec="triangle-float64",
+        fraction_train=0.4,
+        max_factor_side=99,
+    )
     strategy = get_algorithm("fedpm").strategy(config)
     assert isinstance(strategy, FedPM)
-    assert (strategy.step_length, strategy.weighting, strategy.codec, strategy.fraction_train) == (
-        0.7,
-        "uniform",
-        "triangle-float64",
-        0.4,
-    )
+    assert (strategy.step_length, strategy.weighting, strategy.codec) == (0.7, "uniform", "triangle-float64")
+    assert (strategy.fraction_train, strategy.max_factor_side) == (0.4, 99)
     threads: list[int] = []
 
     def note(*arguments: Any, **options: Any) -> FitResult:
@@ -336,6 +339,21 @@ def test_a_vision_transformer_learns_by_fedpm(tmp_path: Path) -> None:
     rows = run(tmp_path / "run", settings)
     assert [row["clients"] for row in rows] == [0, 3, 3]
     assert rows[-1]["test-loss"] < rows[0]["test-loss"] - 0.1
+
+
+@pytest.mark.filterwarnings("ignore:no curvature for")
+def test_a_resnet18_is_mixed_where_its_layers_are_narrow_enough(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    labels = np.arange(40) % 2
+    np.savez(tmp_path / "d.npz", x_train=images, y_train=labels, x_test=images[:8], y_test=labels[:8])
+    settings = {"dataset": f"npz:{tmp_path / 'd.npz'}", "model": "resnet18-gn", "partition": "iid"}
+    settings |= {"max-factor-side": 70, "damping": 1.0, "batch-size": 4, "num-server-rounds": 1, "local-steps": 1}
+    row = run(tmp_path / "run", settings, nodes=2)[1]
+    assert row["clients"] == 2
+    model = sum(value.nbytes for value in load_file(tmp_path / "run" / "model.safetensors").values())
+    # The first layer of 27 inputs and a shortcut's 64: all others have more than 70.
+    triangles = sum(4 * side * (side + 1) // 2 for side in (27, 64))
+    assert triangles < row["uplink-bytes"] / 2 - model < triangles + 10_000, "those, and names and metrics"
 
 
 @pytest.mark.filterwarnings("ignore:no curvature for")

@@ -28,7 +28,7 @@ from .jobs import Examples, Spoil, app_of, untouched
 from .logistic import BASE, SIZES, client_data, make_model, minimiser
 
 ENOUGH = 10
-"""Rounds: after eight nothing is nearer to the optimum than float64 tells."""
+"""Rounds: after eight, float64 cannot tell the model from the optimum any more."""
 
 
 def run(
@@ -88,9 +88,12 @@ def test_many_local_steps_reach_the_optimum(steps: int, correction: str, optimum
     assert (theta - optimum).norm() < 1e-12
 
 
-@pytest.mark.parametrize("steps", [2, 3, 5])
-def test_without_the_correction_many_local_steps_stall(steps: int, optimum: Tensor, tmp_path: Path) -> None:
-    theta, _ = run(replace(BASE, local_steps=steps, algorithm="fedpm"), tmp_path, ENOUGH)
+@pytest.mark.parametrize(("steps", "correction"), [(2, "fresh"), (3, "control-variate"), (5, "fresh")])
+def test_fedpm_reads_no_correction_and_stalls(
+    steps: int, correction: str, optimum: Tensor, tmp_path: Path
+) -> None:
+    config = replace(BASE, algorithm="fedpm", local_steps=steps, correction=correction)
+    theta, _ = run(config, tmp_path, ENOUGH)
     assert (theta - optimum).norm() > 1e-2
 
 
@@ -131,9 +134,8 @@ def test_fresh_gradients_that_cannot_be_used_leave_their_client_out(
     with caplog.at_level(logging.WARNING, "flwr"):
         theta, _ = run(replace(BASE, correction="fresh"), tmp_path, max(spoilt) + ENOUGH, spoil=spoil)
     lines = [record.getMessage() for record in caplog.records if "left out the reply" in record.getMessage()]
-    assert len(lines) == len(spoilt)
     for server_round, line in zip(spoilt, lines, strict=True):
-        assert f"round {server_round}:" in line
+        assert f"round {server_round}:" in line, spoilt[server_round]
         assert "(partition 3)" in line
     assert (theta - optimum).norm() < 1e-12
 
@@ -165,7 +167,7 @@ def test_the_first_round_is_fedpms(tmp_path: Path) -> None:
     ("optimizer", "changes", "rounds", "below"),
     [
         ("foof", {"damping": 0.01}, 20, 1e-3),
-        ("kfac", {"damping": 0.01, "fisher": "exact"}, 10, 1e-6),
+        ("kfac", {"damping": 0.01, "fisher": "exact"}, 12, 1e-8),
         ("ltda", {"learning_rate": 0.2, "damping": 1.0}, 20, 1e-2),
         ("sophia", {"learning_rate": 0.2, "sophia_gamma": 1.0}, 20, 1e-1),
     ],

@@ -254,7 +254,8 @@ def test_what_was_started_is_ended_though_nobody_reads_that_any_more(tmp_path: P
 def test_a_wrong_setting_is_refused_before_anything_starts(
     argument: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scripts.simulate._simulate", pytest.fail)
+    for name in ("exit_on_signals", "_simulate"):
+        monkeypatch.setattr(f"scripts.simulate.{name}", lambda *_: pytest.fail("it was started"))
     assert simulate_main([argument]) == 2
     out, err = capsys.readouterr()
     assert message in err
