@@ -346,9 +346,9 @@ def test_a_resnet18_is_mixed_where_its_layers_are_narrow_enough(tmp_path: Path) 
     images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
     labels = np.arange(40) % 2
     np.savez(tmp_path / "d.npz", x_train=images, y_train=labels, x_test=images[:8], y_test=labels[:8])
-    settings = {"dataset": f"npz:{tmp_path / 'd.npz'}", "model": "resnet18-gn", "partition": "iid"}
-    settings |= {"max-factor-side": 70, "damping": 1.0, "batch-size": 4, "num-server-rounds": 1, "local-steps": 1}
-    row = run(tmp_path / "run", settings, nodes=2)[1]
+    data = {"dataset": f"npz:{tmp_path / 'd.npz'}", "model": "resnet18-gn", "partition": "iid"}
+    short = {"max-factor-side": 70, "damping": 1.0, "batch-size": 4, "num-server-rounds": 1, "local-steps": 1}
+    row = run(tmp_path / "run", {**data, **short}, nodes=2)[1]
     assert row["clients"] == 2
     model = sum(value.nbytes for value in load_file(tmp_path / "run" / "model.safetensors").values())
     # The first layer of 27 inputs and a shortcut's 64: all others have more than 70.
