@@ -6,8 +6,8 @@
 Bytes: a client's real reply after a few FOOF steps on images of CIFAR-10's shape, beside the reply of the same
 client under FedAvg. With --data, accuracy too: LeNet on CIFAR-10, 10 clients, Dirichlet 0.1, 12 rounds, for every
 codec the same seeds, through the application's own ServerApp and ClientApp; LocalNewton and FedAvg beside it.
-Local updates, of FedAvg gradients, are clipped to norm 1 (``clip``): without, a client of few steps diverges now
-and then, by any codec.
+Local updates (FedAvg: gradients) are clipped to norm 1 (``clip``): without, a second-order client of few steps
+diverges now and then, by any codec.
 
 Columns: uplink_ratio, a reply's bytes by FedAvg's, all in; layers, of which curvature is sent; seconds to encode
 and to decode; failed, of how many seeds the run did not come to an end, as where the model diverged; accuracy on
@@ -82,7 +82,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="CIFAR-10 as .npz: measure accuracy too")
     parser.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=12, help="default: %(default)s")
-    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of an update, of FedAvg a gradient; 0: any (default: 1)")
+    parser.add_argument(
+        "--clip", type=float, default=1.0, help="largest norm of an update; FedAvg: of a gradient; 0: any"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     parser.add_argument("--plot", type=Path, help="with --data: write accuracy against bytes, a .png or .svg")
     given = parser.parse_args(arguments)
